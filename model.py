@@ -1,0 +1,302 @@
+"""The fixed recogniser: MobileNetV3-Small backbone, exact upsampling in time, BiLSTM, CTC head.
+
+    log-mels     (B, 1, T, 80)        100 frames a second, each clip with its true length
+    backbone     (B, 576, T/8, 3)     MobileNetV3-Small; time strides 2 * 2 * 2, frequency strides 2^5
+    projection   (B, T/8, 256)        frequency bands and channels flattened, one linear layer
+    upsampling   (B, T', 256)         T' = ceil(T / frames_per_output), by linear interpolation
+      + early path                    block 3's features at T/4, projected, brought to T' and added
+    BiLSTM x 2   (B, T', 512)
+    head         (B, T', V)           linear, then log_softmax in float32; symbol 0 is CTC's blank
+
+Every padded tensor travels with its lengths, and whatever looks along time looks at valid frames only:
+a clip alone and the same clip in a padded batch give the same output.
+
+References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks; section 6.4: the early path);
+Graves et al. 2006, "Connectionist Temporal Classification"; Goyal et al. 2017, section 5.1 (zero_init_residual);
+Jozefowicz et al. 2015 (forget bias 1); Glorot & Bengio 2010 (Xavier initialisation).
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# MobileNetV3-Small, table 2: kernel, expansion, output channels, squeeze-excite, nonlinearity, stride in frequency.
+# The strides in time are ours (an image is as wide as it is high, speech is not): see TIME_STRIDES.
+STEM_CHANNELS, LAST_CHANNELS = 16, 576
+TABLE_2 = [
+    (3, 16, 16, True, nn.ReLU, 2),
+    (3, 72, 24, False, nn.ReLU, 2),
+    (3, 88, 24, False, nn.ReLU, 1),
+    (5, 96, 40, True, nn.Hardswish, 2),
+    (5, 240, 40, True, nn.Hardswish, 1),
+    (5, 240, 40, True, nn.Hardswish, 1),
+    (5, 120, 48, True, nn.Hardswish, 1),
+    (5, 144, 48, True, nn.Hardswish, 1),
+    (5, 288, 96, True, nn.Hardswish, 2),
+    (5, 576, 96, True, nn.Hardswish, 1),
+    (5, 576, 96, True, nn.Hardswish, 1),
+]
+STEM_TIME_STRIDE, TIME_STRIDES = 2, [2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1]  # 10 ms -> 20, 40 (block 1), 80 ms (block 4)
+EARLY_BLOCK = 3  # the last block at 40 ms; the early path leaves from its output
+
+
+@dataclass
+class Config:
+    """What a checkpoint needs to rebuild its network. The defaults are the fixed model; PRESETS holds the others."""
+    vocab_size: int                  # V: the alphabet and the blank
+    n_mels: int = 80
+    blocks: int = 11                 # of MobileNetV3-Small's 11; with all of them its last 1x1 convolution too
+    frames_per_output: int = 4       # mel frames (10 ms) that one output stands for: 1, 2 or 4
+    zero_init_residual: bool = True  # residual blocks start as identities
+    early_path: bool = True          # block 3's features added to the deep ones after these were interpolated
+    squeeze_excite: bool = False
+    upsample: str = 'interpolate'    # or 'transpose', ConvTranspose1d, as before the fixes
+    projection: int = 256
+    hidden: int = 256                # LSTM units in each direction
+    layers: int = 2
+    dropout: float = 0.05
+    init: str = 'fixed'              # or 'before'
+
+    def __post_init__(self):
+        if self.frames_per_output not in (1, 2, 4):
+            raise ValueError(f'frames_per_output is {self.frames_per_output}: use 1, 2 or 4')
+        if not 1 <= self.blocks <= len(TABLE_2):
+            raise ValueError(f'blocks is {self.blocks}: use 1 to {len(TABLE_2)}')
+        if self.early_path and (self.blocks <= EARLY_BLOCK or self.upsample == 'transpose'):
+            raise ValueError(f'early_path joins block {EARLY_BLOCK} to deeper, interpolated ones: '
+                             f'use blocks > {EARLY_BLOCK} and interpolation, or no early_path')
+
+
+PRESETS = {
+    'fixed': {},
+    # The original's fixes taken literally: neither remedy, one output for every mel frame.
+    'literal': dict(frames_per_output=1, zero_init_residual=False, early_path=False),
+    # The original before its fixes, the month at 93 % word error rate.
+    'before': dict(frames_per_output=1, zero_init_residual=False, early_path=False, squeeze_excite=True,
+                   upsample='transpose', dropout=0.3, init='before'),
+}
+
+
+# ---- four functions look along time, and each is told where the clip ends -----------------------------------------
+
+def mask_time(x, lengths):
+    """Zero x (B, C, T, F) from each clip's length on: before a convolution, padding must equal the zeros
+    that the convolution itself pads a clip alone with. Batch norm and activations make it non-zero again."""
+    valid = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
+    return x * valid[:, None, :, None]
+
+
+def mean_over_time(x, lengths):
+    """Average x (B, C, T, F) over its valid frames and all bands -> (B, C, 1, 1). The plain average over padding
+    makes word error rates depend on the batch size."""
+    return mask_time(x, lengths).sum((2, 3), keepdim=True) / (lengths * x.shape[3])[:, None, None, None]
+
+
+def hold_last(x, lengths, extra=1):
+    """x (B, T, C) -> (B, T + extra, C), each clip's last valid frame repeated to the end: interpolation looks
+    one frame ahead, and must see the same there whatever the clip was padded to."""
+    index = torch.arange(x.shape[1] + extra, device=x.device).minimum(lengths[:, None] - 1)
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def reverse_time(x, lengths):
+    """Reverse each clip of x (B, T, C) within its own length; padding stays behind. Its own inverse."""
+    t = torch.arange(x.shape[1], device=x.device)
+    index = torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t)
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+# ---- the backbone -------------------------------------------------------------------------------------------------
+
+class ConvNorm(nn.Sequential):
+    """Convolution, batch norm, activation. Symmetric padding centres output i on input i * stride;
+    the number of frames becomes ceil(T / stride), which is strided_length below."""
+
+    def __init__(self, c_in, c_out, kernel=1, stride=(1, 1), groups=1, activation=nn.Identity):
+        # Momentum 0.1: MobileNetV3's own 0.01 leaves 37 % of the initial statistics after 100 updates.
+        super().__init__(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
+                         nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.1), activation())
+
+
+def strided_length(lengths, stride):
+    return (lengths + stride - 1) // stride
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gates from the clip's mean (Howard et al. 2019, section 5.3)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        squeezed = max(8, (channels // 4 + 4) // 8 * 8)
+        self.reduce, self.expand = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x, lengths):
+        return x * F.hardsigmoid(self.expand(F.relu(self.reduce(mean_over_time(x, lengths)))))
+
+
+class Bottleneck(nn.Module):
+    """MobileNetV3's block: 1x1 expansion, depthwise k x k, squeeze-excite, 1x1 projection, identity where it fits."""
+
+    def __init__(self, c_in, row, time_stride, squeeze_excite):
+        super().__init__()
+        kernel, expanded, c_out, se, activation, frequency_stride = row
+        self.time_stride = time_stride
+        self.expand = ConvNorm(c_in, expanded, activation=activation) if expanded != c_in else nn.Identity()
+        self.depthwise = ConvNorm(expanded, expanded, kernel, (time_stride, frequency_stride), expanded, activation)
+        self.squeeze_excite = SqueezeExcite(expanded) if se and squeeze_excite else None
+        self.project = ConvNorm(expanded, c_out)
+        self.residual = c_in == c_out and time_stride == frequency_stride == 1
+
+    def forward(self, x, lengths):
+        y = self.depthwise(mask_time(self.expand(x), lengths))
+        lengths = strided_length(lengths, self.time_stride)
+        if self.squeeze_excite is not None:
+            y = self.squeeze_excite(y, lengths)
+        y = self.project(y)
+        return (x + y if self.residual else y), lengths
+
+
+# ---- upsampling and recurrence ------------------------------------------------------------------------------------
+
+def upsample(x, lengths, stride, frames_per_output, frames_out):
+    """Linear interpolation of x (B, T', C), one frame every `stride` mel frames, to frames_out outputs (B, T'', C),
+    one every frames_per_output mel frames.
+
+    The ratio is a whole number and the surplus is cropped: F.interpolate(size=frames_out) would stretch a padded
+    batch by its padded length, and a clip's features would depend on its neighbours.
+    Frame i of x is centred on mel frame i * stride, while align_corners=False puts it at i * stride + (stride - 1) / 2;
+    so the crop starts that delay later, in whole outputs."""
+    ratio, delay = stride // frames_per_output, round((stride - 1) / 2 / frames_per_output)
+    if ratio == 1:
+        return x[:, :frames_out]
+    x = hold_last(x, lengths).transpose(1, 2)  # (B, C, T' + 1)
+    x = F.interpolate(x, size=x.shape[2] * ratio, mode='linear', align_corners=False)
+    return x[:, :, delay:delay + frames_out].transpose(1, 2)
+
+
+class BiLSTM(nn.Module):
+    """One bidirectional layer (B, T, C) -> (B, T, 2 * hidden), made of two forward ones.
+
+    Padding after the end never reaches a forward LSTM, so the backward one gets each clip reversed within its own
+    length. Packed sequences do the same, 3 to 9 times slower on a CPU."""
+
+    def __init__(self, c_in, hidden):
+        super().__init__()
+        self.ahead, self.back = nn.LSTM(c_in, hidden, batch_first=True), nn.LSTM(c_in, hidden, batch_first=True)
+
+    def forward(self, x, lengths):
+        back = reverse_time(self.back(reverse_time(x, lengths))[0], lengths)
+        return torch.cat([self.ahead(x)[0], back], 2)
+
+
+# ---- the recogniser -----------------------------------------------------------------------------------------------
+
+class Recogniser(nn.Module):
+    """log-mels (B, 1, T, n_mels) and lengths (B,) in frames -> log-probabilities (B, T', V) and their lengths (B,)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.stem = ConvNorm(1, STEM_CHANNELS, 3, (STEM_TIME_STRIDE, 2), activation=nn.Hardswish)
+        rows = TABLE_2[:c.blocks]
+        inputs = [STEM_CHANNELS] + [row[2] for row in rows]
+        self.blocks = nn.ModuleList(Bottleneck(c_in, row, stride, c.squeeze_excite)
+                                    for c_in, row, stride in zip(inputs, rows, TIME_STRIDES))
+        self.last = (ConvNorm(inputs[-1], LAST_CHANNELS, activation=nn.Hardswish) if c.blocks == len(TABLE_2)
+                     else nn.Identity())
+        deep = LAST_CHANNELS if c.blocks == len(TABLE_2) else inputs[-1]
+        self.projection = nn.Linear(deep * self._bands(c.blocks), c.projection)
+        self.early = nn.Linear(inputs[EARLY_BLOCK] * self._bands(EARLY_BLOCK), c.projection) if c.early_path else None
+        self.stride = self._stride(c.blocks)  # mel frames per deep feature: the backbone's coarsest grid
+        ratio = self.stride // c.frames_per_output
+        if ratio < 1:
+            raise ValueError(f'{c.blocks} blocks keep one frame in {self.stride}: frames_per_output must not exceed it')
+        self.transpose = (nn.ConvTranspose1d(c.projection, c.projection, ratio, ratio) if c.upsample == 'transpose'
+                          else None)
+        self.recurrent = nn.ModuleList(BiLSTM(size, c.hidden)
+                                       for size in [c.projection] + [2 * c.hidden] * (c.layers - 1))
+        self.dropout = nn.Dropout(c.dropout)
+        self.head = nn.Linear(2 * c.hidden, c.vocab_size)
+        init_weights(self)
+        self.to(memory_format=torch.channels_last)  # twice as fast for depthwise convolutions on a CPU
+
+    def _bands(self, blocks):
+        bands = strided_length(self.config.n_mels, 2)
+        for row in TABLE_2[:blocks]:
+            bands = strided_length(bands, row[5])
+        return bands
+
+    def _stride(self, blocks):
+        stride = STEM_TIME_STRIDE
+        for s in TIME_STRIDES[:blocks]:
+            stride *= s
+        return stride
+
+    def output_lengths(self, lengths):
+        """Outputs for clips of these many mel frames: exactly ceil(T / frames_per_output), by interpolation.
+        ConvTranspose1d gives the backbone's ceil(T / 8) frames times its stride, up to 7 too many, and that
+        is what it reports: labels may come to stand behind the end of the clip."""
+        if self.transpose is None:
+            return strided_length(lengths, self.config.frames_per_output)
+        return strided_length(lengths, self.stride) * (self.stride // self.config.frames_per_output)
+
+    def features(self, mels, lengths):
+        """(B, 1, T, n_mels), (B,) -> (B, T', projection): backbone, projections, upsampling; all before the LSTM."""
+        c = self.config
+        frames_out = int(self.output_lengths(torch.tensor(mels.shape[2])))
+        x = mels.to(memory_format=torch.channels_last)
+        x, n = self.stem(mask_time(x, lengths)), strided_length(lengths, STEM_TIME_STRIDE)
+        for i, block in enumerate(self.blocks, 1):
+            x, n = block(x, n)
+            if i == EARLY_BLOCK:
+                early, n_early = x, n
+        x = self.projection(self.last(x).permute(0, 2, 3, 1).flatten(2))  # (B, T/8, bands * channels) -> (B, T/8, 256)
+        if self.transpose is not None:
+            return self.transpose(x.transpose(1, 2)).transpose(1, 2)
+        x = upsample(x, n, self.stride, c.frames_per_output, frames_out)
+        if self.early is not None:
+            early = self.early(early.permute(0, 2, 3, 1).flatten(2))
+            x = x + upsample(early, n_early, self._stride(EARLY_BLOCK), c.frames_per_output, frames_out)
+        return x
+
+    def forward(self, mels, lengths):
+        x, lengths = self.features(mels, lengths), self.output_lengths(lengths)
+        for layer in self.recurrent:
+            x = layer(self.dropout(x), lengths)
+        return F.log_softmax(self.head(self.dropout(x)).float(), -1), lengths
+
+
+def init_weights(model):
+    """The initialisation, layer by role. A wide head or wide projections start far from uniform outputs, narrow
+    ones (normal(0, 0.01), the classifier of MobileNetV3, kept by init='before') pass hardly any gradient down."""
+    fixed = model.config.init == 'fixed'
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # as MobileNetV3: He, for the activations behind it
+            nn.init.kaiming_normal_(module.weight, mode='fan_out')
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.02 if fixed else 0.01)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LSTM) and fixed:
+            for name, tensor in module.named_parameters():
+                if 'bias' in name:
+                    nn.init.zeros_(tensor)
+                for gate in tensor.chunk(4) if 'weight' in name else ():  # input, forget, cell, output
+                    (nn.init.orthogonal_ if 'hh' in name else nn.init.xavier_uniform_)(gate)
+            # Forget gates start open, so gradients reach far back. PyTorch adds two biases: 1 in total.
+            module.bias_ih_l0.data[module.hidden_size:2 * module.hidden_size] = 1
+    if fixed:
+        nn.init.xavier_uniform_(model.head.weight)
+    if model.config.zero_init_residual:
+        for block in model.blocks:
+            if block.residual:
+                nn.init.zeros_(block.project[1].weight)
+
+
+def greedy_decode(log_probs, lengths):
+    """Best path: the likeliest symbol of each valid frame, repeats merged, blanks dropped (Graves et al. 2006,
+    section 3.2). (B, T', V), (B,) -> a list of B lists of symbols."""
+    paths = [path[:n] for path, n in zip(log_probs.argmax(2).tolist(), lengths.tolist())]
+    return [[s for s, before in zip(path, [0] + path) if s != before and s != 0] for path in paths]

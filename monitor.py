@@ -1,0 +1,179 @@
+"""What a run says about itself: gradients, outputs, the two plateaus of CTC, word error rate, and its diseases by name.
+
+A stuck CTC model sits on one of two lines, both known before training, in nats per label:
+    uniform    every symbol equally likely in every frame; an untrained network starts here
+    constant   the best output that ignores its input: mostly blank, the rest by letter frequency (about 2.9 for
+               English); a falling loss that ends here has learnt nothing from the sound
+
+References: Graves et al. 2006; Goyal et al. 2017; input dependence is the mutual information between frame and output.
+"""
+import math
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+
+UNIFORM_ENTROPY = 0.95   # of ln V, a batch's mean entropy: above, the batch counts as uniform
+VANISHED, EXPLODED = 1e-4, 1e3  # a part's gradient norm
+
+
+# ---- errors -------------------------------------------------------------------------------------------------------
+
+def edit_counts(reference, hypothesis):
+    """Substitutions, insertions, deletions of a cheapest alignment of two sequences (Levenshtein 1966)."""
+    row = [(j, 0, j, 0) for j in range(len(hypothesis) + 1)]  # (cost, S, I, D) of turning reference[:i] into [:j]
+    for i, r in enumerate(reference, 1):
+        previous, row = row, [(i, 0, 0, i)]
+        for j, h in enumerate(hypothesis, 1):
+            c, s, n, d = previous[j - 1]
+            best = (c, s, n, d) if r == h else (c + 1, s + 1, n, d)
+            c, s, n, d = row[j - 1]
+            best = min(best, (c + 1, s, n + 1, d))
+            c, s, n, d = previous[j]
+            row.append(min(best, (c + 1, s, n, d + 1)))
+    return row[-1][1:]
+
+
+def error_rates(references, hypotheses):
+    """Word and character error rates in per cent, errors pooled over all utterances: (S + I + D) / reference length."""
+    words = [edit_counts(r.split(), h.split()) for r, h in zip(references, hypotheses)]
+    s, i, d = (sum(column) for column in zip(*words))
+    n_words, n_characters = sum(len(r.split()) for r in references), sum(map(len, references))
+    characters = sum(sum(edit_counts(r, h)) for r, h in zip(references, hypotheses))
+    return {'wer': 100 * (s + i + d) / n_words, 'cer': 100 * characters / n_characters, 'substitutions': s,
+            'insertions': i, 'deletions': d, 'words': n_words, 'utterances': len(references)}
+
+
+# ---- the two plateaus ---------------------------------------------------------------------------------------------
+
+def plateau_lines(targets, lengths, vocab_size):
+    """The losses, in nats per label, of a uniform output and of the best constant one, by F.ctc_loss itself.
+    targets: lists of symbols; lengths: each one's number of output frames. A few hundred utterances are enough."""
+    letters = Counter(s for target in targets for s in target)
+    frequency = torch.tensor([letters[s] for s in range(vocab_size)], dtype=torch.float64)
+    frequency /= frequency.sum()
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in targets], batch_first=True)
+    lengths, target_lengths = torch.tensor(lengths), torch.tensor([len(t) for t in targets])
+
+    def loss(distribution):
+        frames = distribution.clamp_min(1e-30).log().expand(int(lengths.max()), len(targets), vocab_size)
+        return F.ctc_loss(frames, padded, lengths, target_lengths).item()
+
+    def constant(blank):
+        mixed = frequency * (1 - blank)
+        mixed[0] = blank
+        return loss(mixed)
+
+    low, high = 0.0, 1.0  # golden section; the loss is unimodal in the blank's share
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(20):
+        a, b = high - golden * (high - low), low + golden * (high - low)
+        low, high = (low, b) if constant(a) < constant(b) else (a, high)
+    return loss(torch.full((vocab_size,), 1 / vocab_size, dtype=torch.float64)), constant((low + high) / 2)
+
+
+# ---- gradients and outputs ----------------------------------------------------------------------------------------
+
+class Gradients:
+    """Norms before clipping, in all and by part, over an epoch's updates."""
+    PARTS = {'stem': 'backbone', 'blocks': 'backbone', 'last': 'backbone', 'recurrent': 'recurrent', 'head': 'head',
+             'projection': 'projection', 'early': 'projection', 'transpose': 'projection'}
+
+    def __init__(self, model):
+        self.groups = {}
+        for name, parameter in model.named_parameters():
+            self.groups.setdefault(self.PARTS[name.split('.')[0]], []).append(parameter)
+        self.reset()
+
+    def reset(self):
+        self.norms, self.clipped, self.nonfinite, self.updates = {part: [] for part in self.groups}, 0, 0, 0
+
+    def clip(self, maximum):
+        """Record the norms, then scale all gradients to the total norm `maximum` if above (0: leave them).
+        False where the norm is not finite: the update must be left out."""
+        norms = {part: torch.nn.utils.get_total_norm([p.grad for p in group]) for part, group in self.groups.items()}
+        total = torch.stack(list(norms.values())).norm()
+        self.updates += 1
+        if not torch.isfinite(total):
+            self.nonfinite += 1
+            return False
+        for part, norm in norms.items():
+            self.norms[part].append(norm.item())
+        if maximum and total > maximum:
+            self.clipped += 1
+            everything = [p for group in self.groups.values() for p in group]
+            torch.nn.utils.clip_grads_with_norm_(everything, maximum, total)
+        return True
+
+    def report(self):
+        """Mean norm by part and in all, share of clipped updates, number of non-finite ones."""
+        mean = {part: sum(norms) / max(1, len(norms)) for part, norms in self.norms.items()}
+        largest = max((sum(n * n for n in step) ** 0.5 for step in zip(*self.norms.values())), default=0)
+        return {'grad_norm': sum(n * n for n in mean.values()) ** 0.5, 'grad_norm_max': largest,
+                **{f'grad_{part}': norm for part, norm in mean.items()},
+                'clipped': self.clipped / max(1, self.updates), 'nonfinite': self.nonfinite}
+
+
+class Outputs:
+    """Statistics of log-probabilities over an epoch's valid frames."""
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+        self.reset()
+
+    def reset(self):
+        self.frames, self.entropy, self.blanks, self.emitted, self.characters, self.uniform = 0, 0.0, 0, 0, 0, 0
+        self.probabilities = torch.zeros(self.vocab_size)
+
+    @torch.no_grad()
+    def add(self, log_probs, lengths, target_lengths):
+        """log_probs (B, T', V) with their lengths (B,), and the references' lengths in characters (B,)."""
+        valid = torch.arange(log_probs.shape[1], device=lengths.device) < lengths[:, None]  # (B, T')
+        frames = log_probs[valid]  # (N, V)
+        probabilities = frames.exp()
+        entropy = -(probabilities * frames).sum(1)
+        best = log_probs.argmax(2).masked_fill(~valid, 0)
+        changed = F.pad(best[:, :-1], (1, 0)) != best
+        self.frames += len(frames)
+        self.entropy += entropy.sum().item()
+        self.uniform += int(entropy.mean() > UNIFORM_ENTROPY * math.log(self.vocab_size))
+        self.blanks += (frames.argmax(1) == 0).sum().item()
+        self.emitted += (changed & (best != 0)).sum().item()
+        self.characters += int(target_lengths.sum())
+        self.probabilities += probabilities.sum(0).cpu()
+
+    def report(self):
+        """entropy: mean over frames, as a share of ln V. blank: share of frames whose best symbol is the blank.
+        input_dependence: H(mean p) - mean H(p) in nats, 0 for an output that ignores its input; expected_dependence
+        is what a healthy model of these texts would show. emitted: symbols decoded per reference character."""
+        n = max(1, self.frames)
+        mean = self.probabilities / n
+        dependence = -(mean * mean.clamp_min(1e-30).log()).sum().item() - self.entropy / n
+        return {'entropy': self.entropy / n / math.log(self.vocab_size), 'blank': self.blanks / n,
+                'input_dependence': dependence, 'emitted': self.emitted / max(1, self.characters),
+                'uniform_batches': self.uniform}
+
+
+def diagnose(record, lines):
+    """One epoch's record of the log -> warnings in words. lines: (uniform, constant) losses."""
+    warnings = []
+    uniform, constant = lines
+    if record['nonfinite']:
+        warnings.append(f"{record['nonfinite']} updates left out for gradients that were not finite: lower --learning_rate")
+    if record['train_loss'] < -1e-4:
+        warnings.append('negative CTC loss: the model gives no log-probabilities, or the blank is among the targets')
+    for key, norm in record.items():
+        if key.startswith('grad_') and not key.startswith('grad_norm'):
+            part = key.removeprefix('grad_')
+            if norm < VANISHED:
+                warnings.append(f'vanishing gradient in the {part} (norm {norm:.1e}): look at its initialisation')
+            elif norm > EXPLODED:
+                warnings.append(f'exploding gradient in the {part} (norm {norm:.1e}): lower --learning_rate')
+    if record['uniform_batches']:
+        warnings.append(f"uniform output in {record['uniform_batches']} batches: nothing learnt there yet")
+    elif record['input_dependence'] < 0.05:
+        warnings.append(f"output ignores the input (loss {record['train_loss']:.2f}, constant line {constant:.2f}): "
+                        'the second plateau')
+    if record['blank'] > 0.99 and record['emitted'] < 0.1:
+        warnings.append('blanks everywhere: blank collapse')
+    return warnings
