@@ -13,6 +13,7 @@ import math
 import unicodedata
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def resample(wave, rate, new_rate):
         return wave
     divisor = math.gcd(rate, new_rate)
     up, down = new_rate // divisor, rate // divisor
-    # Whole blocks keep the ratio exact; the zeros between end and beginning (the transform is circular) hold the ringing.
+    # Whole blocks keep the ratio exact; the transform is circular, and the zeros keep the end off the beginning.
     blocks = math.ceil((len(wave) + 512) / down)
     spectrum = torch.fft.rfft(wave, n=blocks * down)
     return torch.fft.irfft(spectrum, n=blocks * up)[:math.ceil(len(wave) * up / down)] * (up / down)
@@ -141,7 +142,7 @@ def decode(symbols, alphabet):
 
 def frames_needed(symbols):
     """CTC needs a frame for each label and a blank between equal neighbours (Graves et al. 2006, section 3.1)."""
-    return len(symbols) + sum(a == b for a, b in zip(symbols, symbols[1:]))
+    return len(symbols) + sum(a == b for a, b in pairwise(symbols))
 
 
 # ---- manifests ----------------------------------------------------------------------------------------------------
@@ -197,9 +198,10 @@ def unlearnable(utterances, alphabet, mel_frames):
 
 class Speech(torch.utils.data.Dataset):
     """Utterances as (log-mels (T, 80), target (L,), index). Items are asked for by (epoch, index): augmentation
-    depends on seed, epoch and the utterance alone, whichever worker makes it and whatever came before."""
+    depends on seed, epoch and the utterance alone, whichever worker makes it and whatever came before.
+    frames_per_output: for training, where an utterance without a CTC alignment is an error; 0: for evaluation."""
 
-    def __init__(self, utterances, alphabet, frames_per_output, seed=0, spec_augment=False, speed_perturb=False):
+    def __init__(self, utterances, alphabet, frames_per_output=0, seed=0, spec_augment=False, speed_perturb=False):
         self.utterances, self.alphabet, self.frames_per_output = utterances, alphabet, frames_per_output
         self.seed, self.spec_augment, self.speed_perturb = seed, spec_augment, speed_perturb
 
@@ -214,8 +216,8 @@ class Speech(torch.utils.data.Dataset):
         wave = load_audio(u.path)
         shortest = (frames_needed(target) - 1) * self.frames_per_output * HOP  # samples that CTC needs more than
         if len(wave) <= shortest:
-            raise DataError(f'{u.where}: {u.path} has {len(wave) / SAMPLE_RATE:.2f} s, fewer frames than CTC needs for '
-                            f'its {len(target)} labels; mend its text or its duration, or remove it')
+            raise DataError(f'{u.where}: {u.path} lasts {len(wave) / SAMPLE_RATE:.2f} s, too short for its '
+                            f'{len(target)} labels; mend its text or its duration, or remove it')
         speed = int(rng.choice(SPEEDS))
         if self.speed_perturb and len(wave) * 100 / speed > shortest:
             wave = resample(wave, speed, 100)
@@ -231,7 +233,8 @@ def collate(items):
     longest = math.ceil(max(map(len, mels)) / PAD_TO) * PAD_TO
     batch = torch.stack([F.pad(m, (0, 0, 0, longest - len(m))) for m in mels])[:, None]
     return (batch, torch.tensor([len(m) for m in mels]),
-            torch.nn.utils.rnn.pad_sequence(targets, batch_first=True), torch.tensor([len(t) for t in targets]), indices)
+            torch.nn.utils.rnn.pad_sequence(targets, batch_first=True), torch.tensor([len(t) for t in targets]),
+            indices)
 
 
 def epoch_batches(utterances, batch_size, seed, epoch):
@@ -244,12 +247,19 @@ def epoch_batches(utterances, batch_size, seed, epoch):
     return batches
 
 
-def loader(speech, batches, workers=0):
-    """The batches (lists of (epoch, index)), loaded in the order given."""
-    return torch.utils.data.DataLoader(speech, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+def training_batches(utterances, batch_size, seed, epochs):
+    for epoch in range(epochs):
+        yield from epoch_batches(utterances, batch_size, seed, epoch)
 
 
 def length_batches(utterances, batch_size):
     """For evaluation: every utterance once, sorted by length."""
     order = sorted(range(len(utterances)), key=lambda i: utterances[i].duration)
     return [[(0, i) for i in order[k:k + batch_size]] for k in range(0, len(order), batch_size)]
+
+
+def loader(speech, batches, workers=0):
+    """The batches (lists of (epoch, index)), loaded in the order given, whatever the number of worker processes."""
+    # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with workers.
+    return torch.utils.data.DataLoader(speech, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                                       generator=torch.Generator())

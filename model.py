@@ -48,7 +48,7 @@ class Config:
     n_mels: int = 80
     blocks: int = 11                 # of MobileNetV3-Small's 11; with all of them its last 1x1 convolution too
     frames_per_output: int = 4       # mel frames (10 ms) that one output stands for: 1, 2 or 4
-    zero_init_residual: bool = True  # residual blocks start as identities
+    zero_init_residual: bool = False  # residual blocks start as identities
     early_path: bool = True          # block 3's features added to the deep ones after these were interpolated
     squeeze_excite: bool = False
     upsample: str = 'interpolate'    # or 'transpose', ConvTranspose1d, as before the fixes
@@ -68,13 +68,13 @@ class Config:
                              f'use blocks > {EARLY_BLOCK} and interpolation, or no early_path')
 
 
+NO_REMEDY = {'frames_per_output': 1, 'zero_init_residual': False, 'early_path': False}
 PRESETS = {
     'fixed': {},
     # The original's fixes taken literally: neither remedy, one output for every mel frame.
-    'literal': dict(frames_per_output=1, zero_init_residual=False, early_path=False),
+    'literal': NO_REMEDY,
     # The original before its fixes, the month at 93 % word error rate.
-    'before': dict(frames_per_output=1, zero_init_residual=False, early_path=False, squeeze_excite=True,
-                   upsample='transpose', dropout=0.3, init='before'),
+    'before': NO_REMEDY | {'squeeze_excite': True, 'upsample': 'transpose', 'dropout': 0.3, 'init': 'before'},
 }
 
 

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 UNIFORM_ENTROPY = 0.95   # of ln V, a batch's mean entropy: above, the batch counts as uniform
-VANISHED, EXPLODED = 1e-4, 1e3  # a part's gradient norm
+PARTS = ('backbone', 'recurrent', 'head')
+VANISHED = 1e-3          # a part's gradient norm, as a share of the largest part's
+EXPLODED = 1e3           # a part's gradient norm
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
@@ -48,12 +50,12 @@ def error_rates(references, hypotheses):
 
 def plateau_lines(targets, lengths, vocab_size):
     """The losses, in nats per label, of a uniform output and of the best constant one, by F.ctc_loss itself.
-    targets: lists of symbols; lengths: each one's number of output frames. A few hundred utterances are enough."""
+    targets: lists of symbols; lengths: their output frames, (N,). A few hundred utterances are enough."""
     letters = Counter(s for target in targets for s in target)
     frequency = torch.tensor([letters[s] for s in range(vocab_size)], dtype=torch.float64)
     frequency /= frequency.sum()
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in targets], batch_first=True)
-    lengths, target_lengths = torch.tensor(lengths), torch.tensor([len(t) for t in targets])
+    target_lengths = torch.tensor([len(t) for t in targets])
 
     def loss(distribution):
         frames = distribution.clamp_min(1e-30).log().expand(int(lengths.max()), len(targets), vocab_size)
@@ -72,17 +74,22 @@ def plateau_lines(targets, lengths, vocab_size):
     return loss(torch.full((vocab_size,), 1 / vocab_size, dtype=torch.float64)), constant((low + high) / 2)
 
 
+def way(loss, lines):
+    """Share of the way from the uniform line (0) to the constant one (1). Reaching 1 is not learning; passing it is."""
+    uniform, constant = lines
+    return (uniform - loss) / (uniform - constant)
+
+
 # ---- gradients and outputs ----------------------------------------------------------------------------------------
 
 class Gradients:
     """Norms before clipping, in all and by part, over an epoch's updates."""
-    PARTS = {'stem': 'backbone', 'blocks': 'backbone', 'last': 'backbone', 'recurrent': 'recurrent', 'head': 'head',
-             'projection': 'projection', 'early': 'projection', 'transpose': 'projection'}
 
-    def __init__(self, model):
-        self.groups = {}
-        for name, parameter in model.named_parameters():
-            self.groups.setdefault(self.PARTS[name.split('.')[0]], []).append(parameter)
+    def __init__(self, network):
+        self.groups = {part: [] for part in PARTS}  # the backbone has all that is before the LSTM
+        for name, parameter in network.named_parameters():
+            part = name.split('.')[0]
+            self.groups[part if part in self.groups else 'backbone'].append(parameter)
         self.reset()
 
     def reset(self):
@@ -154,26 +161,27 @@ class Outputs:
                 'uniform_batches': self.uniform}
 
 
-def diagnose(record, lines):
-    """One epoch's record of the log -> warnings in words. lines: (uniform, constant) losses."""
+def diagnose(record):
+    """One epoch's record of the log -> its diseases in words, none for a healthy epoch."""
     warnings = []
-    uniform, constant = lines
     if record['nonfinite']:
-        warnings.append(f"{record['nonfinite']} updates left out for gradients that were not finite: lower --learning_rate")
+        warnings.append(f"{record['nonfinite']} updates left out: gradients not finite; lower --learning_rate")
     if record['train_loss'] < -1e-4:
-        warnings.append('negative CTC loss: the model gives no log-probabilities, or the blank is among the targets')
-    for key, norm in record.items():
-        if key.startswith('grad_') and not key.startswith('grad_norm'):
-            part = key.removeprefix('grad_')
-            if norm < VANISHED:
-                warnings.append(f'vanishing gradient in the {part} (norm {norm:.1e}): look at its initialisation')
-            elif norm > EXPLODED:
-                warnings.append(f'exploding gradient in the {part} (norm {norm:.1e}): lower --learning_rate')
+        warnings.append('negative CTC loss: the outputs are no log-probabilities, or the blank is among the targets')
+    largest = max(record[f'grad_{part}'] for part in PARTS)
+    for part in PARTS:
+        norm = record[f'grad_{part}']
+        if norm < VANISHED * largest:
+            warnings.append(f'vanishing gradient in the {part}: norm {norm:.1e}, elsewhere {largest:.1e}; '
+                            'look at the initialisation')
+        elif norm > EXPLODED:
+            warnings.append(f'exploding gradient in the {part}: norm {norm:.1e}; lower --learning_rate')
     if record['uniform_batches']:
         warnings.append(f"uniform output in {record['uniform_batches']} batches: nothing learnt there yet")
     elif record['input_dependence'] < 0.05:
-        warnings.append(f"output ignores the input (loss {record['train_loss']:.2f}, constant line {constant:.2f}): "
-                        'the second plateau')
-    if record['blank'] > 0.99 and record['emitted'] < 0.1:
-        warnings.append('blanks everywhere: blank collapse')
+        warnings.append(f"output ignores the input: {record['train_way']:.0%} of the way from uniform to constant "
+                        'output, the second plateau')
+    if record['blank'] > 0.99:
+        warnings.append(f"blank collapse: {record['blank']:.1%} of the frames are blank, {record['emitted']:.0%} of "
+                        'the characters emitted')
     return warnings
