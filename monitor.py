@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 UNIFORM_ENTROPY = 0.95   # of ln V, a batch's mean entropy: above, the batch counts as uniform
+IGNORED = 0.05           # share of a healthy input dependence
 PARTS = ('backbone', 'recurrent', 'head')
 VANISHED = 1e-3          # a part's gradient norm, as a share of the largest part's
 EXPLODED = 1e3           # a part's gradient norm
@@ -121,11 +122,17 @@ class Gradients:
                 'clipped': self.clipped / max(1, self.updates), 'nonfinite': self.nonfinite}
 
 
+def letter_entropy(targets):
+    """Entropy of the targets' symbols in nats: 2.8 for English letters and the space."""
+    counts = Counter(s for target in targets for s in target).values()
+    return -sum(c / sum(counts) * math.log(c / sum(counts)) for c in counts)
+
+
 class Outputs:
     """Statistics of log-probabilities over an epoch's valid frames."""
 
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
+    def __init__(self, vocab_size, letters):
+        self.vocab_size, self.letters = vocab_size, letters  # letters: letter_entropy of the transcripts
         self.reset()
 
     def reset(self):
@@ -151,14 +158,16 @@ class Outputs:
 
     def report(self):
         """entropy: mean over frames, as a share of ln V. blank: share of frames whose best symbol is the blank.
-        input_dependence: H(mean p) - mean H(p) in nats, 0 for an output that ignores its input; expected_dependence
-        is what a healthy model of these texts would show. emitted: symbols decoded per reference character."""
+        input_dependence: H(mean p) - mean H(p) in nats, 0 for an output that ignores its input; dependence_share:
+        the same as a share of h(L/T) + L/T * H(letters), what giving each label one frame would show, h the binary
+        entropy. emitted: symbols decoded per reference character. uniform_batches: entropy above 0.95 ln V."""
         n = max(1, self.frames)
-        mean = self.probabilities / n
+        mean, rate = self.probabilities / n, min(0.5, max(1e-6, self.characters / n))
         dependence = -(mean * mean.clamp_min(1e-30).log()).sum().item() - self.entropy / n
+        healthy = rate * (self.letters - math.log(rate)) - (1 - rate) * math.log(1 - rate)
         return {'entropy': self.entropy / n / math.log(self.vocab_size), 'blank': self.blanks / n,
-                'input_dependence': dependence, 'emitted': self.emitted / max(1, self.characters),
-                'uniform_batches': self.uniform}
+                'input_dependence': dependence, 'dependence_share': dependence / healthy,
+                'emitted': self.emitted / max(1, self.characters), 'uniform_batches': self.uniform}
 
 
 def diagnose(record):
@@ -178,7 +187,7 @@ def diagnose(record):
             warnings.append(f'exploding gradient in the {part}: norm {norm:.1e}; lower --learning_rate')
     if record['uniform_batches']:
         warnings.append(f"uniform output in {record['uniform_batches']} batches: nothing learnt there yet")
-    elif record['input_dependence'] < 0.05:
+    elif record['dependence_share'] < IGNORED:
         warnings.append(f"output ignores the input: {record['train_way']:.0%} of the way from uniform to constant "
                         'output, the second plateau')
     if record['blank'] > 0.99:

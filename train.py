@@ -175,8 +175,8 @@ def plateau(utterances, alphabet, network):
 
 def report(record, sentence):
     """The terminal's lines for one epoch."""
-    print('epoch {epoch:3d}  loss {train_loss:.3f} ({train_way:.0%} of the way from uniform to constant output)  valid '
-          '{valid_loss:.3f}  wer {wer:.1f} %  cer {cer:.1f} %  blank {blank:.2f}  {train_seconds:.0f} s'.format(**record))
+    print('epoch {epoch:3d}  {train_seconds:4.0f} s  loss {train_loss:.3f} ({train_way:.0%} of the way from uniform to '
+          'constant output)  valid {valid_loss:.3f}  WER {wer:.1f} %  CER {cer:.1f} %'.format(**record))
     print(*(f'    ! {warning}\n' for warning in record['warnings']), sep='', end='')
     _, said, heard, strip = sentence
     print(f'     said {said}\n    heard {heard}\n          {strip}', flush=True)
@@ -210,7 +210,8 @@ def run(args):
 
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / 'config.json').write_text(json.dumps(vars(args) | asdict(config), indent=1) + '\n')
-    gradients, outputs = monitor.Gradients(network), monitor.Outputs(len(alphabet))
+    gradients = monitor.Gradients(network)
+    outputs = monitor.Outputs(len(alphabet), monitor.letter_entropy([data.encode(u.text, alphabet) for u in train]))
     progress, train_seconds, best = Progress(args.epochs, updates), 0.0, None
     for epoch in range(1, args.epochs + 1):
         start = time.time()
