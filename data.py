@@ -69,8 +69,8 @@ def load_audio(path):
         wave, rate = soundfile.read(path, dtype='float32', always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise DataError(f'{path}: cannot be read as audio ({error}); convert it to wav or flac') from None
-    if not len(wave):
-        raise DataError(f'{path}: holds no samples; remove it from the manifest')
+    if not len(wave) or not np.isfinite(wave).all():
+        raise DataError(f'{path}: holds no samples, or some that are not finite; remove it from the manifest')
     return resample(torch.from_numpy(wave.mean(1)), rate, SAMPLE_RATE)
 
 
@@ -152,7 +152,7 @@ def read_manifest(path):
     and speaker -> Utterances. Raises DataError that lists every bad line."""
     path, utterances, faults = Path(path), [], []
     try:
-        lines = path.read_text(encoding='utf-8').splitlines()
+        lines = path.read_text(encoding='utf-8-sig').splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f'{path}: cannot be read as a UTF-8 manifest ({error})') from None
     for number, line in enumerate(lines, 1):
@@ -161,18 +161,21 @@ def read_manifest(path):
         where = f'{path}:{number}'
         try:
             row = json.loads(line)
+            for key in 'audio_filepath', 'text':
+                if not isinstance(row[key], str) or not row[key].strip():
+                    raise DataError(f'{key} must be a string that is not empty, not {row[key]!r}')
             audio, text = path.parent / row['audio_filepath'], normalise_text(row['text'])
-            if not text:
-                raise ValueError('text is empty')
+            if not audio.is_file():
+                raise DataError(f'{audio} is no file')
             duration = float(row.get('duration') or seconds(audio))
-            if not audio.exists():
-                raise ValueError(f'{audio} does not exist')
+            if not 0 < duration < 3600:
+                raise DataError(f'{audio}: its duration is {duration} s; more than 0 and less than an hour will do')
             utterances.append(Utterance(audio, text, duration, str(row.get('speaker', '')), where))
         except json.JSONDecodeError as error:
             faults.append(f'{where}: is not a line of JSON ({error.msg})')
         except KeyError as error:
             faults.append(f'{where}: has no {error} key')
-        except (ValueError, TypeError, AttributeError, DataError) as error:
+        except (ValueError, TypeError, DataError) as error:
             faults.append(f'{where}: {error}')
     if faults:
         raise DataError('\n'.join(faults))

@@ -471,9 +471,13 @@ def test_augmentation_depends_on_seed_epoch_and_utterance(corpus):
 @pytest.mark.parametrize('line,complaint', [
     ('{"audio_filepath": "0.wav"}', "manifest.jsonl:2: has no 'text' key"),
     ('{"audio_filepath": "no.wav", "text": "a"}', 'no.wav'),
-    ('{"audio_filepath": "no.wav", "text": "a", "duration": 1}', 'does not exist'),
-    ('{"audio_filepath": "0.wav", "text": " "}', 'text is empty'),
-    ('{"audio_filepath": "0.wav", "text": 5}', 'manifest.jsonl:2'),
+    ('{"audio_filepath": "no.wav", "text": "a", "duration": 1}', 'is no file'),
+    ('{"audio_filepath": "0.wav", "text": " "}', 'text must be a string that is not empty'),
+    ('{"audio_filepath": "0.wav", "text": 5}', 'text must be a string'),
+    ('{"audio_filepath": 3, "text": "a"}', 'audio_filepath must be a string'),
+    ('{"audio_filepath": "0.wav", "text": "a", "duration": NaN}', 'its duration is nan'),
+    ('{"audio_filepath": "0.wav", "text": "a", "duration": "long"}', 'manifest.jsonl:2'),
+    ('{"audio_filepath": "manifest.jsonl", "text": "a"}', 'cannot be read as audio'),
     ('[1]', 'manifest.jsonl:2'),
     ('yes', 'manifest.jsonl:2: is not a line of JSON'),
     ('{"audio_filepath": "0.wav", "text": "a b c d e f g h a b c d e f g h a b c d e f g h a b c d e f g h"}', '0.wav'),
@@ -577,12 +581,15 @@ def test_a_run_is_not_overwritten_and_repeats_from_its_seed(first_run, corpus, t
     folder, _, log = first_run
     with pytest.raises(SystemExit, match='holds a run already'):
         train.main([*corpus, '--run_dir', str(folder)])
-    train.main([*corpus, '--epochs', '3', '--batch_size', '4', '--run_dir', str(tmp_path), '--workers', '1'])
-    again = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    assert [r['train_loss'] for r in again] == [r['train_loss'] for r in log]
+    for workers in '0', '1':
+        run = tmp_path / workers
+        train.main([*corpus, '--epochs', '3', '--batch_size', '4', '--run_dir', str(run), '--workers', workers])
+        again = [json.loads(line)['train_loss'] for line in (run / 'log.jsonl').read_text().splitlines()]
+        # Another process may get other last bits from the Fourier transform, and training makes more of them.
+        assert again == pytest.approx([r['train_loss'] for r in log], rel=1e-2 if workers == '1' else 0)
 
 
-FLAGS = ['--num_train_samples=3', '--no-spec_augment', '--no-speed_perturb', '--epochs=2', '--batch_size=2',
+FLAGS = ['--num_train_samples=3', '--spec_augment', '--no-speed_perturb', '--epochs=2', '--batch_size=2',
          '--learning_rate=1e-3', '--weight_decay=0.1', '--grad_clip=0.01', '--seed=1', '--model=literal', '--blocks=5',
          '--frames_per_output=2', '--dropout=0.5', '--zero_init_residual', '--squeeze_excite',
          '--blocks=4 --no-early_path']

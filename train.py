@@ -29,11 +29,11 @@ CLEAR = '\x1b[K'  # the terminal's line, from the cursor on
 
 
 def number(kind, low):
-    """An argparse type: int or float, not below low."""
+    """An argparse type: int or float, not below low, small enough for a float to count it."""
     def parse(text):
         value = kind(text)
-        if not low <= value < float('inf'):
-            raise argparse.ArgumentTypeError(f'{text} is not a number from {low} on')
+        if not low <= value < 2 ** 53:
+            raise argparse.ArgumentTypeError(f'{text} is not between {low} and 2^53')
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -50,7 +50,7 @@ def parse_flags(argv=None):
     add('--test_data', default=None, help='manifest scored once, at the end, with best.pt; None: no test')
     add('--num_train_samples', type=count, default=0,
         help='train on the first N utterances after a seeded shuffle; 0: all')
-    add('--spec_augment', default=True, help='mask bands and stretches of time in training', **switch)
+    add('--spec_augment', default=False, help='mask bands and stretches of time in training', **switch)
     add('--speed_perturb', default=True, help='play at 0.9 to 1.1 times the speed in training', **switch)
     add('--workers', type=count, default=0, help='processes that load audio; 0: the training process itself')
     add = parser.add_argument_group('optimisation').add_argument
@@ -167,8 +167,12 @@ def check_learnable(train, alphabet, network):
 
 
 def plateau(utterances, alphabet, network):
-    """(uniform, constant) losses of these utterances, of at most 500 of them."""
-    some = utterances[:500]
+    """(uniform, constant) losses of these utterances, of at most 500 that CTC can align."""
+    lost = {u.where for u in data.unlearnable(utterances, alphabet, network.config.frames_per_output)}
+    some = [u for u in utterances if u.where not in lost and data.encode(u.text, alphabet)][:500]
+    if not some:
+        raise data.DataError(f'{utterances[0].where}: no utterance of this manifest has text that the training '
+                             'transcripts\' alphabet can spell')
     return monitor.plateau_lines([data.encode(u.text, alphabet) for u in some],
                                  network.output_lengths(torch.tensor([u.frames for u in some])), len(alphabet))
 
@@ -196,6 +200,10 @@ def run(args):
         network = model.Recogniser(config).to(args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # a bad combination of flags; no such device
         raise data.DataError(f'flags: {error}') from None
+    for flag, utterances in ('--valid_data', valid), ('--test_data', test or []):
+        unseen = {character for u in utterances for character in u.text}.difference(alphabet)
+        if unseen:
+            print(f'{flag} has characters that no training transcript has, so each is an error:', *sorted(unseen))
     check_learnable(train, alphabet, network)
     frames_per_output, parameters = config.frames_per_output, sum(p.numel() for p in network.parameters())
     train_speech = data.Speech(train, alphabet, frames_per_output, args.seed, args.spec_augment, args.speed_perturb)
@@ -208,7 +216,10 @@ def run(args):
     print(f'{len(train)} utterances, {len(alphabet)} symbols, {parameters:,} parameters; losses in nats per label: '
           f'uniform output {lines[0]:.2f}, constant output {lines[1]:.2f}')
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise data.DataError(f'--run_dir {run_dir}: cannot be made ({error.strerror}); name another folder') from None
     (run_dir / 'config.json').write_text(json.dumps(vars(args) | asdict(config), indent=1) + '\n')
     gradients = monitor.Gradients(network)
     outputs = monitor.Outputs(len(alphabet), monitor.letter_entropy([data.encode(u.text, alphabet) for u in train]))
@@ -232,7 +243,7 @@ def run(args):
         report(record, sentences[epoch % len(sentences)])
         torch.save({'config': asdict(config), 'alphabet': alphabet, 'model': network.state_dict(),
                     'run': {'epoch': epoch, 'valid': rates}}, run_dir / 'last.pt')
-        if best is None or rates['wer'] < best['wer']:
+        if best is None or (rates['wer'], rates['cer']) < (best['wer'], best['cer']):
             best = rates
             shutil.copy(run_dir / 'last.pt', run_dir / 'best.pt')
 
@@ -255,8 +266,11 @@ def main(argv=None):
     args = parse_flags(argv)
     try:
         return run(args)
+    except KeyboardInterrupt:
+        sys.exit('train.py: stopped; the epochs that were finished are in the run folder')
     except data.DataError as error:
-        sys.exit(f'train.py: {error}')
+        # From a loader process the error comes with that process's traceback before it.
+        sys.exit('train.py: ' + str(error).rpartition('data.DataError: ')[2].strip())
 
 
 if __name__ == '__main__':
