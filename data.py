@@ -5,7 +5,7 @@
     log-mels     (T, 80)         T = ceil(S / 160): 100 frames a second, normalised over the clip
     batch        (B, 1, T, 80)   with lengths (B,), targets (B, L) and their lengths (B,)
 
-References: Slaney 1998, Auditory Toolbox (mel scale); Park et al. 2019, SpecAugment; Ko et al. 2015 (speed
+References: Slaney 1998, Auditory Toolbox (mel scale); Park et al. 2019 and 2020, SpecAugment; Ko et al. 2015 (speed
 perturbation); Graves et al. 2006 (what CTC can align).
 """
 import json
@@ -26,7 +26,7 @@ WINDOW = 400     # 25 ms
 HOP = 160        # 10 ms
 N_FFT = 512      # bins of 31.25 Hz
 N_MELS = 80
-LOG_FLOOR = 1e-6     # power: 60 dB under a full-scale sine's is 3e-3, so only digital silence comes near it
+LOG_FLOOR = 1e-6     # power: a sine 60 dB under full scale gives about 1e-2, the rounding of 16 bits below 1e-7
 PAD_TO = 32          # frames; few different shapes are faster than exact ones
 SPEEDS = range(90, 111)  # per cent; speed perturbation draws one for each utterance and epoch
 
@@ -67,7 +67,7 @@ def load_audio(path):
     """Any file that libsndfile reads -> (S,) float32, mono (the channels' mean), 16 kHz. Raises DataError."""
     try:
         wave, rate = soundfile.read(path, dtype='float32', always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
         raise DataError(f'{path}: cannot be read as audio ({error}); convert it to wav or flac') from None
     if not len(wave) or not np.isfinite(wave).all():
         raise DataError(f'{path}: holds no samples, or some that are not finite; remove it from the manifest')
@@ -106,7 +106,8 @@ def normalise(mels):
 
 
 def spec_augment(mels, rng):
-    """Park et al. 2019: two masks of up to 15 mel bands; one mask of up to 250 ms for each second. In place."""
+    """After Park et al. 2019 and, for masks that grow with the clip, 2020: two masks of up to 15 mel bands, one of up
+    to 250 ms (a quarter of the clip at most) for each second. In place; 0 is each band's mean."""
     for _ in range(2):
         width = rng.integers(16)
         start = rng.integers(N_MELS - width + 1)
@@ -152,7 +153,7 @@ def read_manifest(path):
     and speaker -> Utterances. Raises DataError that lists every bad line."""
     path, utterances, faults = Path(path), [], []
     try:
-        lines = path.read_text(encoding='utf-8-sig').splitlines()
+        lines = path.read_text(encoding='utf-8-sig').split('\n')
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f'{path}: cannot be read as a UTF-8 manifest ({error})') from None
     for number, line in enumerate(lines, 1):
@@ -175,7 +176,7 @@ def read_manifest(path):
             faults.append(f'{where}: is not a line of JSON ({error.msg})')
         except KeyError as error:
             faults.append(f'{where}: has no {error} key')
-        except (ValueError, TypeError, DataError) as error:
+        except (ValueError, TypeError, OSError, DataError) as error:
             faults.append(f'{where}: {error}')
     if faults:
         raise DataError('\n'.join(faults))
@@ -215,6 +216,7 @@ class Speech(torch.utils.data.Dataset):
         epoch, index = item
         u = self.utterances[index]
         target = encode(u.text, self.alphabet)
+        # Name and text, not the index: an utterance keeps its augmentation in a subset or in another order.
         rng = np.random.default_rng([self.seed, epoch, zlib.crc32(f'{u.path.name} {u.text}'.encode())])
         wave = load_audio(u.path)
         shortest = (frames_needed(target) - 1) * self.frames_per_output * HOP  # samples that CTC needs more than
@@ -223,7 +225,7 @@ class Speech(torch.utils.data.Dataset):
                             f'{len(target)} labels; mend its text or its duration, or remove it')
         speed = int(rng.choice(SPEEDS))
         if self.speed_perturb and len(wave) * 100 / speed > shortest:
-            wave = resample(wave, speed, 100)
+            wave = resample(wave, speed, 100)  # from 110 to 100 samples, say: tempo and pitch both rise by 10 %
         mels = normalise(log_mels(wave))
         if self.spec_augment:
             mels = spec_augment(mels, rng)

@@ -8,8 +8,9 @@
     BiLSTM x 2   (B, T', 512)
     head         (B, T', V)           linear, then log_softmax in float32; symbol 0 is CTC's blank
 
-Every padded tensor travels with its lengths, and whatever looks along time looks at valid frames only:
-a clip alone and the same clip in a padded batch give the same output.
+Every padded tensor travels with its lengths, and whatever looks along time looks at valid frames only: in eval mode
+a clip alone and the same clip in a padded batch give the same output. (In training batch norm's statistics include the
+padding, of which batches of nearly equal lengths have little.)
 
 References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks; section 6.4: the early path);
 Graves et al. 2006, "Connectionist Temporal Classification"; Goyal et al. 2017, section 5.1 (zero_init_residual);
@@ -63,17 +64,20 @@ class Config:
             raise ValueError(f'frames_per_output is {self.frames_per_output}: use 1, 2 or 4')
         if not 1 <= self.blocks <= len(TABLE_2):
             raise ValueError(f'blocks is {self.blocks}: use 1 to {len(TABLE_2)}')
+        if self.upsample not in ('interpolate', 'transpose') or self.init not in ('fixed', 'before'):
+            raise ValueError(f'upsample is {self.upsample}, init {self.init}: see Config for what there is')
         if self.early_path and self.upsample == 'transpose':
             raise ValueError('early_path needs interpolation: a transposed convolution has another length')
 
 
-NO_REMEDY = {'blocks': 11, 'frames_per_output': 1, 'zero_init_residual': False, 'early_path': False}
+LITERAL = {'blocks': 11, 'frames_per_output': 1, 'zero_init_residual': False, 'early_path': False}
 PRESETS = {
     'fixed': {},
-    # The original's fixes taken literally: neither remedy, one output for every mel frame.
-    'literal': NO_REMEDY,
-    # The original before its fixes, the month at 93 % word error rate.
-    'before': NO_REMEDY | {'squeeze_excite': True, 'upsample': 'transpose', 'dropout': 0.3, 'init': 'before'},
+    # The original's fixed network taken literally: one output for every mel frame, blocks that do not start as
+    # identities, no early path.
+    'literal': LITERAL,
+    # Its network before the fixes, a month at 93 % word error rate (then with another training loop too).
+    'before': LITERAL | {'squeeze_excite': True, 'upsample': 'transpose', 'dropout': 0.3, 'init': 'before'},
 }
 
 
@@ -92,10 +96,10 @@ def mean_over_time(x, lengths):
     return mask_time(x, lengths).sum((2, 3), keepdim=True) / (lengths * x.shape[3])[:, None, None, None]
 
 
-def hold_last(x, lengths, extra=1):
-    """x (B, T, C) -> (B, T + extra, C), each clip's last valid frame repeated to the end: interpolation looks
+def hold_last(x, lengths):
+    """x (B, T, C) -> (B, T + 1, C), each clip's last valid frame repeated to the end: interpolation looks
     one frame ahead, and must see the same there whatever the clip was padded to."""
-    index = torch.arange(x.shape[1] + extra, device=x.device).minimum(lengths[:, None] - 1)
+    index = torch.arange(x.shape[1] + 1, device=x.device).minimum(lengths[:, None] - 1)
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
@@ -137,7 +141,7 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        squeezed = max(8, (channels // 4 + 4) // 8 * 8)
+        squeezed = max(8, (channels // 4 + 4) // 8 * 8)  # a quarter, to a multiple of 8, as in the reference code
         self.reduce, self.expand = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
 
     def forward(self, x, lengths):
@@ -175,7 +179,8 @@ def upsample(x, lengths, stride, frames_per_output, frames_out):
     The ratio is a whole number and the surplus is cropped: F.interpolate(size=frames_out) would stretch a padded
     batch by its padded length, and a clip's features would depend on its neighbours.
     Frame i of x is centred on mel frame i * stride, while align_corners=False puts it at i * stride + (stride - 1) / 2;
-    so the crop starts that delay later, in whole outputs."""
+    so the crop starts that delay later, in whole outputs: at most half a mel frame is left of it, and 1.5 of the 4 that
+    an output stands for where there is nothing to interpolate."""
     ratio, delay = stride // frames_per_output, round((stride - 1) / 2 / frames_per_output)
     if ratio == 1:
         return x[:, :frames_out]
@@ -208,20 +213,17 @@ class Recogniser(nn.Module):
         super().__init__()
         self.config = c = config
         self.stem = ConvNorm(1, STEM_CHANNELS, 3, (STEM_TIME_STRIDE, 2), activation=nn.Hardswish)
-        rows = TABLE_2[:c.blocks]
-        inputs = [STEM_CHANNELS] + [row[2] for row in rows]
-        self.blocks = nn.ModuleList(Bottleneck(c_in, row, stride, c.squeeze_excite)
-                                    for c_in, row, stride in zip(inputs, rows, TIME_STRIDES))
-        self.last = (ConvNorm(inputs[-1], LAST_CHANNELS, activation=nn.Hardswish) if c.blocks == len(TABLE_2)
-                     else nn.Identity())
-        deep = LAST_CHANNELS if c.blocks == len(TABLE_2) else inputs[-1]
-        self.projection = nn.Linear(deep * self._bands(c.blocks), c.projection)
-        self.early = (nn.Linear(inputs[EARLY_BLOCK] * self._bands(EARLY_BLOCK), c.projection)
-                      if c.early_path and c.blocks > EARLY_BLOCK else None)
-        self.stride = self._stride(c.blocks)  # mel frames per deep feature: the backbone's coarsest grid
-        ratio = self.stride // c.frames_per_output
-        if ratio < 1:
-            raise ValueError(f'{c.blocks} blocks keep one frame in {self.stride}: frames_per_output must not exceed it')
+        self.blocks, self.last, self.early = nn.ModuleList(), nn.Identity(), None
+        channels, bands, self.stride = STEM_CHANNELS, strided_length(c.n_mels, 2), STEM_TIME_STRIDE
+        for i, (row, time_stride) in enumerate(zip(TABLE_2[:c.blocks], TIME_STRIDES), 1):
+            self.blocks.append(Bottleneck(channels, row, time_stride, c.squeeze_excite))
+            channels, bands, self.stride = row[2], strided_length(bands, row[5]), self.stride * time_stride
+            if c.early_path and i == EARLY_BLOCK < c.blocks:
+                self.early, self.early_stride = nn.Linear(channels * bands, c.projection), self.stride
+        if c.blocks == len(TABLE_2):
+            self.last, channels = ConvNorm(channels, LAST_CHANNELS, activation=nn.Hardswish), LAST_CHANNELS
+        self.projection = nn.Linear(channels * bands, c.projection)
+        ratio = self.stride // c.frames_per_output  # self.stride: mel frames per deep feature, the coarsest grid
         self.transpose = (nn.ConvTranspose1d(c.projection, c.projection, ratio, ratio) if c.upsample == 'transpose'
                           else None)
         self.recurrent = nn.ModuleList(BiLSTM(size, c.hidden)
@@ -230,18 +232,6 @@ class Recogniser(nn.Module):
         self.head = nn.Linear(2 * c.hidden, c.vocab_size)
         init_weights(self)
         self.to(memory_format=torch.channels_last)  # twice as fast for depthwise convolutions on a CPU
-
-    def _bands(self, blocks):
-        bands = strided_length(self.config.n_mels, 2)
-        for row in TABLE_2[:blocks]:
-            bands = strided_length(bands, row[5])
-        return bands
-
-    def _stride(self, blocks):
-        stride = STEM_TIME_STRIDE
-        for s in TIME_STRIDES[:blocks]:
-            stride *= s
-        return stride
 
     def output_lengths(self, lengths):
         """Outputs for clips of these many mel frames: exactly ceil(T / frames_per_output), by interpolation.
@@ -254,20 +244,20 @@ class Recogniser(nn.Module):
     def features(self, mels, lengths):
         """(B, 1, T, n_mels), (B,) -> (B, T', projection): backbone, projections, upsampling; all before the LSTM."""
         c = self.config
-        frames_out = int(self.output_lengths(torch.tensor(mels.shape[2])))
+        frames_out = self.output_lengths(mels.shape[2])
         x = mels.to(memory_format=torch.channels_last)
         x, n = self.stem(mask_time(x, lengths)), strided_length(lengths, STEM_TIME_STRIDE)
         for i, block in enumerate(self.blocks, 1):
             x, n = block(x, n)
             if i == EARLY_BLOCK:
                 early, n_early = x, n
-        x = self.projection(self.last(x).permute(0, 2, 3, 1).flatten(2))  # (B, T/8, bands * channels) -> (B, T/8, 256)
+        x = self.projection(self.last(x).permute(0, 2, 3, 1).flatten(2))  # (B, T/stride, 256)
         if self.transpose is not None:
             return self.transpose(x.transpose(1, 2)).transpose(1, 2)
         x = upsample(x, n, self.stride, c.frames_per_output, frames_out)
         if self.early is not None:
             early = self.early(early.permute(0, 2, 3, 1).flatten(2))
-            x = x + upsample(early, n_early, self._stride(EARLY_BLOCK), c.frames_per_output, frames_out)
+            x = x + upsample(early, n_early, self.early_stride, c.frames_per_output, frames_out)
         return x
 
     def forward(self, mels, lengths):
@@ -278,11 +268,11 @@ class Recogniser(nn.Module):
 
 
 def init_weights(model):
-    """The initialisation, layer by role. A wide head or wide projections start far from uniform outputs, narrow
-    ones (normal(0, 0.01), the classifier of MobileNetV3, kept by init='before') pass hardly any gradient down."""
+    """The initialisation, layer by role. The head's and projections' weights must be large enough to pass a gradient
+    down: normal(0, 0.01), the classifier's in MobileNetV3 (kept by init='before'), makes each layer's too small."""
     fixed = model.config.init == 'fixed'
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # as MobileNetV3: He, for the activations behind it
+        if isinstance(module, nn.Conv2d):  # He et al. 2015, as in torchvision's MobileNetV3
             nn.init.kaiming_normal_(module.weight, mode='fan_out')
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

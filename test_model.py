@@ -541,7 +541,8 @@ def test_output_monitors_tell_the_plateaus_from_learning():
 
 
 HEALTHY = {'nonfinite': 0, 'train_loss': 1.0, 'train_way': 1.3, 'grad_backbone': 1.0, 'grad_recurrent': 1.0,
-           'grad_head': 1.0, 'uniform_batches': 0, 'dependence_share': 1.0, 'blank': 0.6, 'emitted': 1.0}
+           'grad_head': 1.0, 'uniform_batches': 0, 'entropy': 0.2, 'dependence_share': 1.0, 'blank': 0.6,
+           'emitted': 1.0}
 
 
 @pytest.mark.parametrize('symptom,word', [

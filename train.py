@@ -25,7 +25,7 @@ import model
 import monitor
 
 EVALUATION_BATCH = 16
-CLEAR = '\x1b[K'  # the terminal's line, from the cursor on
+CLEAR = '\x1b[K'  # ANSI escape: erase to the end of the line
 
 
 def number(kind, low):
@@ -59,19 +59,21 @@ def parse_flags(argv=None):
     add('--learning_rate', type=amount, default=3e-4, help='OneCycleLR climbs to ten times this')
     add('--weight_decay', type=amount, default=1e-5, help="AdamW's; 0: none")
     add('--grad_clip', type=amount, default=5.0, help='largest norm of all gradients together; 0: no limit')
-    add('--seed', type=count, default=0, help='of initialisation, order, augmentation and dropout')
+    add('--seed', type=count, default=0, help='of the subset, initialisation, order, augmentation, dropout')
     fixed = model.Config(1)
     add = parser.add_argument_group('model').add_argument
     add('--model', choices=model.PRESETS, default='fixed',
-        help="fixed: ours; literal: the original's fixes alone; before: the original before its fixes. "
-             'The flags below change single settings of it; their values for fixed stand in brackets')
+        help="fixed: ours; literal: the original's fixed network alone; before: its network before the fixes (the "
+             'training loop is the same for all). The flags below change single settings of it; their values for '
+             'fixed stand in brackets')
     add('--blocks', type=positive, help=f'of MobileNetV3-Small, 1 to 11 [{fixed.blocks}]', **absent)
     add('--frames_per_output', type=positive,
         help=f'mel frames of 10 ms for each output: 1, 2 or 4 [{fixed.frames_per_output}]', **absent)
     add('--dropout', type=amount, help=f'before each LSTM layer and the head; 0: none [{fixed.dropout}]', **absent)
     add('--zero_init_residual', help=f'residual blocks start as identities [{fixed.zero_init_residual}]',
         **switch, **absent)
-    add('--early_path', help=f"add block 3's features to the deep ones [{fixed.early_path}]", **switch, **absent)
+    add('--early_path', help="with 4 blocks or more: add block 3's features to the deep ones "
+        f'[{fixed.early_path}]', **switch, **absent)
     add('--squeeze_excite', help=f"MobileNetV3's channel gates [{fixed.squeeze_excite}]", **switch, **absent)
     add = parser.add_argument_group('run').add_argument
     add('--run_dir', default=None, help='folder for the results; None: runs/ and the time')
@@ -80,7 +82,8 @@ def parse_flags(argv=None):
 
 
 def make_optimizer(network, args, updates):
-    """AdamW, and OneCycleLR to ten times the learning rate: 10 % of the updates up, the rest down, both by cosine."""
+    """AdamW, and OneCycleLR to ten times the learning rate: 10 % of the updates up from 0.4 of it, the rest down to
+    nothing, both by cosine; AdamW's first beta goes 0.95, 0.85, 0.95 the other way (PyTorch's defaults)."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     # PyTorch divides by zero at exactly 10 updates (10 % of them is one, the climb's start and end at once).
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=10 * args.learning_rate,
@@ -97,15 +100,17 @@ def train_epoch(network, batches, optimizer, schedule, args, gradients, outputs,
         # 'mean' divides each utterance's loss by its number of labels, then averages: nats per label.
         loss = F.ctc_loss(log_probs.transpose(0, 1), targets.to(args.device), lengths, target_lengths.to(args.device),
                           reduction='mean')
+        if not torch.isfinite(loss):
+            raise data.DataError(f'training diverged, the loss is {loss.item()}: lower --learning_rate')
         optimizer.zero_grad()
         loss.backward()
         if gradients.clip(args.grad_clip):  # False, and counted, where a gradient is not finite
             optimizer.step()
-            total, count = total + loss.item() * len(mels), count + len(mels)
-        schedule.step()
+            schedule.step()
+        total, count = total + loss.item() * len(mels), count + len(mels)
         outputs.add(log_probs, lengths, target_lengths)
-        progress(total / max(1, count))
-    return total / max(1, count)
+        progress(total / count)
+    return total / count
 
 
 @torch.no_grad()
@@ -124,7 +129,7 @@ def evaluate(network, speech, args):
         for i, n, path, symbols in zip(indices, lengths.tolist(), paths, decoded):
             strip = ''.join(speech.alphabet[s].replace(' ', '_') or '.' for s in path[:n])
             sentences.append((i, speech.utterances[i].text, data.decode(symbols, speech.alphabet), strip))
-    alignable = [loss for loss in losses if loss < float('inf')]  # the others count in the error rates alone
+    alignable = [loss for loss in losses if not math.isinf(loss)]  # the others count in the error rates alone
     rates = monitor.error_rates([said for _, said, _, _ in sentences], [heard for _, _, heard, _ in sentences])
     return sum(alignable) / max(1, len(alignable)), rates, sorted(sentences)
 
@@ -162,14 +167,14 @@ def check_learnable(train, alphabet, network):
     coarse = data.unlearnable(train, alphabet, network.stride)
     if coarse:
         print(f"{len(coarse)} of {len(train)} utterances have fewer frames on the backbone's coarsest grid "
-              f'({10 * network.stride} ms) than CTC needs; interpolation hides that:',
+              f'({10 * network.stride} ms) than CTC needs; upsampling hides that:',
               ', '.join(u.path.name for u in coarse))
 
 
 def plateau(utterances, alphabet, network):
-    """(uniform, constant) losses of these utterances, of at most 500 that CTC can align."""
-    lost = {u.where for u in data.unlearnable(utterances, alphabet, network.config.frames_per_output)}
-    some = [u for u in utterances if u.where not in lost and data.encode(u.text, alphabet)][:500]
+    """(uniform, constant) losses of these utterances, of the first 500 as far as CTC can align them."""
+    some = [u for u in utterances[:500] if data.encode(u.text, alphabet)
+            and not data.unlearnable([u], alphabet, network.config.frames_per_output)]
     if not some:
         raise data.DataError(f'{utterances[0].where}: no utterance of this manifest has text that the training '
                              'transcripts\' alphabet can spell')
@@ -203,7 +208,8 @@ def run(args):
     for flag, utterances in ('--valid_data', valid), ('--test_data', test or []):
         unseen = {character for u in utterances for character in u.text}.difference(alphabet)
         if unseen:
-            print(f'{flag} has characters that no training transcript has, so each is an error:', *sorted(unseen))
+            print(f'{flag} has characters that no training transcript has, so each is an error:',
+                  *map(repr, sorted(unseen)))
     check_learnable(train, alphabet, network)
     frames_per_output, parameters = config.frames_per_output, sum(p.numel() for p in network.parameters())
     train_speech = data.Speech(train, alphabet, frames_per_output, args.seed, args.spec_augment, args.speed_perturb)
@@ -226,6 +232,7 @@ def run(args):
     progress, train_seconds, best = Progress(args.epochs, updates), 0.0, None
     for epoch in range(1, args.epochs + 1):
         start = time.time()
+        learning_rate = schedule.get_last_lr()[0]
         gradients.reset(), outputs.reset()
         train_loss = train_epoch(network, itertools.islice(batches, updates), optimizer, schedule, args,
                                  gradients, outputs, progress)
@@ -233,7 +240,7 @@ def run(args):
         valid_loss, rates, sentences = evaluate(network, valid_speech, args)
         record = {'epoch': epoch, 'train_loss': train_loss, 'valid_loss': valid_loss,
                   'train_way': monitor.way(train_loss, lines), 'valid_way': monitor.way(valid_loss, valid_lines),
-                  'wer': rates['wer'], 'cer': rates['cer'], 'learning_rate': schedule.get_last_lr()[0],
+                  'wer': rates['wer'], 'cer': rates['cer'], 'learning_rate': learning_rate,
                   'train_seconds': train_seconds, **gradients.report(), **outputs.report()}
         record['warnings'] = monitor.diagnose(record)
         with open(run_dir / 'log.jsonl', 'a') as log:
@@ -247,13 +254,13 @@ def run(args):
             best = rates
             shutil.copy(run_dir / 'last.pt', run_dir / 'best.pt')
 
-    results = {'valid': best, 'test': None}
+    results = {'valid': best, 'test': None, 'updates': updates * args.epochs, 'train_seconds': train_seconds,
+               'parameters': parameters, 'seed': args.seed}
+    (run_dir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
     if test:
         network.load_state_dict(torch.load(run_dir / 'best.pt', weights_only=True)['model'])
         results['test'] = evaluate(network, data.Speech(test, alphabet), args)[1]
-    results |= {'updates': updates * args.epochs, 'train_seconds': train_seconds, 'parameters': parameters,
-                'seed': args.seed}
-    (run_dir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+        (run_dir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
     for part in ('valid', 'test'):
         if results[part]:
             print('{}: WER {wer:.2f} % ({substitutions} S, {insertions} I, {deletions} D in {words} words of '
@@ -267,7 +274,7 @@ def main(argv=None):
     try:
         return run(args)
     except KeyboardInterrupt:
-        sys.exit('train.py: stopped; the epochs that were finished are in the run folder')
+        sys.exit('train.py: stopped; epochs that were finished, if any, are in the run folder')
     except data.DataError as error:
         # From a loader process the error comes with that process's traceback before it.
         sys.exit('train.py: ' + str(error).rpartition('data.DataError: ')[2].strip())
