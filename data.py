@@ -68,9 +68,10 @@ def load_audio(path):
     try:
         wave, rate = soundfile.read(path, dtype='float32', always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise DataError(f'{path}: cannot be read as audio ({error}); convert it to wav or flac') from None
-    if not len(wave) or not np.isfinite(wave).all():
-        raise DataError(f'{path}: holds no samples, or some that are not finite; remove it from the manifest')
+        raise DataError(f'{path}: cannot be read as audio ({error}); it is damaged, or of a kind to convert') from None
+    if not len(wave) or not np.abs(wave).max() < 1e6:
+        raise DataError(f'{path}: holds no samples, or some that are no sound (not finite, or above a million times '
+                        'full scale); remove it from the manifest')
     return resample(torch.from_numpy(wave.mean(1)), rate, SAMPLE_RATE)
 
 
@@ -162,10 +163,13 @@ def read_manifest(path):
         where = f'{path}:{number}'
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise DataError('is no JSON object')
             for key in 'audio_filepath', 'text':
                 if not isinstance(row[key], str) or not row[key].strip():
                     raise DataError(f'{key} must be a string that is not empty, not {row[key]!r}')
             audio, text = path.parent / row['audio_filepath'], normalise_text(row['text'])
+            text.encode()  # half of a surrogate pair is a ValueError
             if not audio.is_file():
                 raise DataError(f'{audio} is no file')
             duration = float(row.get('duration') or seconds(audio))
@@ -176,7 +180,7 @@ def read_manifest(path):
             faults.append(f'{where}: is not a line of JSON ({error.msg})')
         except KeyError as error:
             faults.append(f'{where}: has no {error} key')
-        except (ValueError, TypeError, OSError, DataError) as error:
+        except (ValueError, TypeError, OSError, OverflowError, RecursionError, DataError) as error:
             faults.append(f'{where}: {error}')
     if faults:
         raise DataError('\n'.join(faults))
@@ -219,6 +223,9 @@ class Speech(torch.utils.data.Dataset):
         # Name and text, not the index: an utterance keeps its augmentation in a subset or in another order.
         rng = np.random.default_rng([self.seed, epoch, zlib.crc32(f'{u.path.name} {u.text}'.encode())])
         wave = load_audio(u.path)
+        if abs(len(wave) / SAMPLE_RATE - u.duration) > max(0.1, 0.1 * u.duration):
+            raise DataError(f'{u.where}: {u.path} lasts {len(wave) / SAMPLE_RATE:.2f} s, not {u.duration:.2f} as its '
+                            'duration says; mend that, or leave it out')
         shortest = (frames_needed(target) - 1) * self.frames_per_output * HOP  # samples that CTC needs more than
         if len(wave) <= shortest:
             raise DataError(f'{u.where}: {u.path} lasts {len(wave) / SAMPLE_RATE:.2f} s, too short for its '

@@ -66,6 +66,8 @@ class Config:
             raise ValueError(f'blocks is {self.blocks}: use 1 to {len(TABLE_2)}')
         if self.upsample not in ('interpolate', 'transpose') or self.init not in ('fixed', 'before'):
             raise ValueError(f'upsample is {self.upsample}, init {self.init}: see Config for what there is')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout is {self.dropout}: use 0 to less than 1')
         if self.early_path and self.upsample == 'transpose':
             raise ValueError('early_path needs interpolation: a transposed convolution has another length')
 

@@ -41,6 +41,7 @@ def number(kind, low):
 
 def parse_flags(argv=None):
     parser = argparse.ArgumentParser(description='Train a MobileNetV3 + BiLSTM + CTC speech recogniser.',
+                                     allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch, absent = {'action': argparse.BooleanOptionalAction}, {'default': argparse.SUPPRESS}
     count, positive, amount = number(int, 0), number(int, 1), number(float, 0)
@@ -124,14 +125,13 @@ def evaluate(network, speech, args):
         log_probs, lengths = network(mels.to(args.device), lengths.to(args.device))
         log_probs, lengths = log_probs.cpu(), lengths.cpu()
         loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, reduction='none')
-        losses += (loss / target_lengths.clamp_min(1)).tolist()
+        losses += (loss / target_lengths)[(target_lengths > 0) & ~loss.isinf()].tolist()  # where there is an alignment
         paths, decoded = log_probs.argmax(2).tolist(), model.greedy_decode(log_probs, lengths)
         for i, n, path, symbols in zip(indices, lengths.tolist(), paths, decoded):
             strip = ''.join(speech.alphabet[s].replace(' ', '_') or '.' for s in path[:n])
             sentences.append((i, speech.utterances[i].text, data.decode(symbols, speech.alphabet), strip))
-    alignable = [loss for loss in losses if not math.isinf(loss)]  # the others count in the error rates alone
     rates = monitor.error_rates([said for _, said, _, _ in sentences], [heard for _, _, heard, _ in sentences])
-    return sum(alignable) / max(1, len(alignable)), rates, sorted(sentences)
+    return sum(losses) / len(losses), rates, sorted(sentences)
 
 
 class Progress:
@@ -176,8 +176,8 @@ def plateau(utterances, alphabet, network):
     some = [u for u in utterances[:500] if data.encode(u.text, alphabet)
             and not data.unlearnable([u], alphabet, network.config.frames_per_output)]
     if not some:
-        raise data.DataError(f'{utterances[0].where}: no utterance of this manifest has text that the training '
-                             'transcripts\' alphabet can spell')
+        raise data.DataError(f'{utterances[0].where}: no utterance of this manifest both is spelled in the training '
+                             "transcripts' alphabet and lasts long enough for its text")
     return monitor.plateau_lines([data.encode(u.text, alphabet) for u in some],
                                  network.output_lengths(torch.tensor([u.frames for u in some])), len(alphabet))
 
@@ -194,8 +194,11 @@ def report(record, sentence):
 def run(args):
     """Train and score as the flags say -> the contents of results.json. Raises DataError."""
     run_dir = Path(args.run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
-    if (run_dir / 'log.jsonl').exists():
-        raise data.DataError(f'--run_dir {run_dir}: holds a run already; name another folder')
+    try:
+        if run_dir.exists() and any(path.name != 'config.json' for path in run_dir.iterdir()):  # of a run that failed
+            raise data.DataError(f'--run_dir {run_dir}: is not empty; name another folder')
+    except OSError as error:
+        raise data.DataError(f'--run_dir {run_dir}: cannot be used ({error.strerror}); name another folder') from None
     torch.manual_seed(args.seed)
     train, valid, test = read_data(args)
     alphabet = data.make_alphabet(train)
@@ -224,9 +227,9 @@ def run(args):
 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / 'config.json').write_text(json.dumps(vars(args) | asdict(config), indent=1) + '\n')
     except OSError as error:
         raise data.DataError(f'--run_dir {run_dir}: cannot be made ({error.strerror}); name another folder') from None
-    (run_dir / 'config.json').write_text(json.dumps(vars(args) | asdict(config), indent=1) + '\n')
     gradients = monitor.Gradients(network)
     outputs = monitor.Outputs(len(alphabet), monitor.letter_entropy([data.encode(u.text, alphabet) for u in train]))
     progress, train_seconds, best = Progress(args.epochs, updates), 0.0, None
@@ -245,14 +248,14 @@ def run(args):
         record['warnings'] = monitor.diagnose(record)
         with open(run_dir / 'log.jsonl', 'a') as log:
             print(json.dumps(record), file=log)
-        if sys.stderr.isatty():
-            print(end='\r' + CLEAR, file=sys.stderr)
-        report(record, sentences[epoch % len(sentences)])
         torch.save({'config': asdict(config), 'alphabet': alphabet, 'model': network.state_dict(),
                     'run': {'epoch': epoch, 'valid': rates}}, run_dir / 'last.pt')
         if best is None or (rates['wer'], rates['cer']) < (best['wer'], best['cer']):
             best = rates
             shutil.copy(run_dir / 'last.pt', run_dir / 'best.pt')
+        if sys.stderr.isatty():
+            print(end='\r' + CLEAR, file=sys.stderr)
+        report(record, sentences[epoch % len(sentences)])
 
     results = {'valid': best, 'test': None, 'updates': updates * args.epochs, 'train_seconds': train_seconds,
                'parameters': parameters, 'seed': args.seed}
