@@ -131,7 +131,7 @@ def evaluate(network, speech, args):
             strip = ''.join(speech.alphabet[s].replace(' ', '_') or '.' for s in path[:n])
             sentences.append((i, speech.utterances[i].text, data.decode(symbols, speech.alphabet), strip))
     rates = monitor.error_rates([said for _, said, _, _ in sentences], [heard for _, _, heard, _ in sentences])
-    return sum(losses) / len(losses), rates, sorted(sentences)
+    return sum(losses) / max(1, len(losses)), rates, sorted(sentences)
 
 
 class Progress:
