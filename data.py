@@ -1,5 +1,8 @@
 """Recordings and transcripts in, padded log-mel batches with true lengths and CTC targets out.
 
+    python data.py PATH                               inspect a corpus before training
+    python data.py --say "seven two nine" out.wav     the built-in corpus's voices, to a file
+
     audio file   any format libsndfile reads, any rate, any channels
     wave         (S,)            mono, 16 kHz, float32 in -1..1
     log-mels     (T, 80)         T = ceil(S / 160): 100 frames a second, normalised over the clip
@@ -8,10 +11,17 @@
 References: Slaney 1998, Auditory Toolbox (mel scale); Park et al. 2019 and 2020, SpecAugment; Ko et al. 2015 (speed
 perturbation); Graves et al. 2006 (what CTC can align).
 """
+import argparse
+import csv
 import json
 import math
+import random
+import re
+import sys
+import tempfile
 import unicodedata
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +37,6 @@ HOP = 160        # 10 ms
 N_FFT = 512      # bins of 31.25 Hz
 N_MELS = 80
 LOG_FLOOR = 1e-6     # power: a sine 60 dB under full scale gives about 1e-2, the rounding of 16 bits below 1e-7
-PAD_TO = 32          # frames; few different shapes are faster than exact ones
 SPEEDS = range(90, 111)  # per cent; speed perturbation draws one for each utterance and epoch
 
 
@@ -63,16 +72,19 @@ def resample(wave, rate, new_rate):
     return torch.fft.irfft(spectrum, n=blocks * up)[:math.ceil(len(wave) * up / down)] * (up / down)
 
 
-def load_audio(path):
-    """Any file that libsndfile reads -> (S,) float32, mono (the channels' mean), 16 kHz. Raises DataError."""
+def read_audio(path):
+    """Any file that libsndfile reads -> (S,) float32, mono (the channels' mean), and its rate. Raises DataError."""
     try:
         wave, rate = soundfile.read(path, dtype='float32', always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise DataError(f'{path}: cannot be read as audio ({error}); it is damaged, or of a kind to convert') from None
+        raise DataError(f'{path}: cannot be read as audio ({error}); mend, convert or remove it') from None
     if not len(wave) or not np.abs(wave).max() < 1e6:
-        raise DataError(f'{path}: holds no samples, or some that are no sound (not finite, or above a million times '
-                        'full scale); remove it from the manifest')
-    return resample(torch.from_numpy(wave.mean(1)), rate, SAMPLE_RATE)
+        raise DataError(f'{path}: holds no samples, or some that are not finite or out of all bounds; remove it')
+    return torch.from_numpy(wave.mean(1)), rate
+
+
+def load_audio(path):
+    return resample(*read_audio(path), SAMPLE_RATE)  # (S,) at 16 kHz
 
 
 def mel_filters():
@@ -109,14 +121,11 @@ def normalise(mels):
 def spec_augment(mels, rng):
     """After Park et al. 2019 and, for masks that grow with the clip, 2020: two masks of up to 15 mel bands, one of up
     to 250 ms (a quarter of the clip at most) for each second. In place; 0 is each band's mean."""
-    for _ in range(2):
-        width = rng.integers(16)
-        start = rng.integers(N_MELS - width + 1)
-        mels[:, start:start + width] = 0
-    for _ in range(math.ceil(len(mels) / 100)):
-        width = min(rng.integers(26), len(mels) // 4)
-        start = rng.integers(len(mels) - width + 1)
-        mels[start:start + width] = 0
+    frames = len(mels)
+    for axis, count, widest in (1, 2, 15), (0, math.ceil(frames / 100), min(25, frames // 4)):
+        for _ in range(count):
+            width = int(rng.integers(widest + 1))
+            mels.narrow(axis, int(rng.integers(mels.shape[axis] - width + 1)), width).zero_()
     return mels
 
 
@@ -147,54 +156,111 @@ def frames_needed(symbols):
     return len(symbols) + sum(a == b for a, b in pairwise(symbols))
 
 
-# ---- manifests ----------------------------------------------------------------------------------------------------
+# ---- corpora on disk ----------------------------------------------------------------------------------------------
 
-def read_manifest(path):
-    """JSON lines with audio_filepath (absolute, or relative to the manifest), text, and optional duration in seconds
-    and speaker -> Utterances. Raises DataError that lists every bad line."""
-    path, utterances, faults = Path(path), [], []
+KEYS = {'audio': ('audio_filepath', 'path', 'file', 'audio', 'file_name'), 'speaker': ('speaker', 'client_id'),
+        'text': ('text', 'sentence', 'transcript', 'transcription'), 'duration': ('duration',)}
+SUFFIXES = ('.flac', '.wav', '.sph', '.mp3', '.ogg', '.opus')
+
+
+def corpus_rows(path, split):
+    """What a corpus lists -> (where, row) for each utterance: a dict with one of each of KEYS, or a line of JSON."""
+    def lines(file):
+        text = file.read_text(encoding='utf-8-sig').split('\n')
+        return [(f'{file}:{number}', line.strip()) for number, line in enumerate(text, 1) if line.strip()]
+
+    def find(file):  # whatever its suffix
+        return str(next((f for s in SUFFIXES if (f := Path(f'{file}{s}')).is_file()), file).absolute())
+
+    trees = sorted(path.rglob('*.trans.txt')) if path.is_dir() else []
+    for tree in trees:  # LibriSpeech: 84-121123-0001 GO DO YOU HEAR
+        for where, line in lines(tree):
+            name, _, text = line.partition(' ')
+            yield where, {'audio': find(tree.parent / name), 'text': text, 'speaker': name.split('-')[0]}
+    if path.is_dir() and not trees:
+        etc = sorted(path.glob('etc/*.transcription'))
+        chosen = etc if len(etc) == 1 else [p for p in etc if split in p.name]
+        if len(chosen) != 1:
+            raise DataError(f'{path}: this folder holds neither *.trans.txt nor one etc/*{split}*.transcription; name '
+                            'a manifest (.jsonl, .csv, .tsv)')
+        path = chosen[0]
+    if path.suffix == '.transcription':  # CMU Sphinx: <s> GO </s> (an251-fash-b)
+        files = {Path(name).name: name for name in path.with_suffix('.fileids').read_text().split()}
+        for where, line in lines(path):
+            text, name = re.fullmatch(r'(?:<s>)?(.*?)(?:</s>)?\s*(?:\(([^()]+)\))?', line).groups()
+            file = path.parent.parent / 'wav' / files.get(name, f'{name}, which the .fileids lacks,')
+            yield where, {'audio': find(file), 'text': text, 'speaker': file.parent.name}
+    elif path.suffix in ('.csv', '.tsv'):
+        dialect = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if path.suffix == '.tsv' else {}
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            table = csv.DictReader(file, **dialect)
+            for row in table:
+                yield f'{path}:{table.line_num}', row
+    elif not trees:
+        yield from lines(path)
+
+
+def read_corpus(path, split='train'):
+    """A corpus, recognised by its path: JSON lines (NeMo), CSV or TSV with a header (Common Voice and others), a
+    LibriSpeech tree, CMU Sphinx's folder or one of its etc/*.transcription (split chooses among several) -> Utterances
+    sorted by file name, and what is wrong with the others {where: line}. Relative paths begin at the manifest, or in
+    clips/ beside it. Raises DataError where nothing can be read."""
+    path, utterances, faults = Path(path), [], {}
     try:
-        lines = path.read_text(encoding='utf-8-sig').split('\n')
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f'{path}: cannot be read as a UTF-8 manifest ({error})') from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f'{path}:{number}'
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise DataError('is no JSON object')
-            for key in 'audio_filepath', 'text':
-                if not isinstance(row[key], str) or not row[key].strip():
-                    raise DataError(f'{key} must be a string that is not empty, not {row[key]!r}')
-            audio, text = path.parent / row['audio_filepath'], normalise_text(row['text'])
-            text.encode()  # half of a surrogate pair is a ValueError
-            if not audio.is_file():
-                raise DataError(f'{audio} is no file')
-            duration = float(row.get('duration') or seconds(audio))
-            if not 0 < duration < 3600:
-                raise DataError(f'{audio}: its duration is {duration} s; more than 0 and less than an hour will do')
-            utterances.append(Utterance(audio, text, duration, str(row.get('speaker', '')), where))
-        except json.JSONDecodeError as error:
-            faults.append(f'{where}: is not a line of JSON ({error.msg})')
-        except KeyError as error:
-            faults.append(f'{where}: has no {error} key')
-        except (ValueError, TypeError, OSError, OverflowError, RecursionError, DataError) as error:
-            faults.append(f'{where}: {error}')
-    if faults:
-        raise DataError('\n'.join(faults))
-    if not utterances:
+        for where, row in corpus_rows(path, split):
+            try:
+                row = json.loads(row) if isinstance(row, str) else row
+                if not isinstance(row, dict):
+                    raise DataError('is no JSON object')
+                value = {key: next((row[n] for n in names if row.get(n) not in (None, '')), None)
+                         for key, names in KEYS.items()}
+                for key in 'audio', 'text':
+                    if not isinstance(value[key], str) or not value[key].strip():
+                        raise DataError(f'has {value[key]!r} for its {KEYS[key][0]} (or {", ".join(KEYS[key][1:])})')
+                audio, text = path.parent / value['audio'], normalise_text(value['text'])
+                text.encode()  # half of a surrogate pair is a ValueError
+                clip = path.parent / 'clips' / value['audio']  # Common Voice
+                if not audio.is_file() and not clip.is_file():
+                    raise DataError(f'{audio} is no file')
+                audio = audio if audio.is_file() else clip
+                duration = float(value['duration'] or soundfile.info(audio).duration)
+                if not 0 < duration < 3600:
+                    raise DataError(f'{audio}: its duration is {duration} s; it needs more than 0, less than an hour')
+                utterances.append(Utterance(audio, text, duration, str(value['speaker'] or ''), where))
+            except (ValueError, TypeError, OSError, OverflowError, RuntimeError, DataError) as error:
+                kind = {json.JSONDecodeError: 'is not a line of JSON: ',
+                        soundfile.LibsndfileError: 'cannot be read as audio: '}.get(type(error), '')
+                faults[where] = f'{where}: {kind}{error}'
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f'{path}: cannot be read as a corpus ({error})') from None
+    if not utterances and not faults:
         raise DataError(f'{path}: holds no utterances')
-    return utterances
+    return sorted(utterances, key=lambda u: u.path.stem), faults
 
 
-def seconds(path):
-    """Duration of an audio file from its header. Raises DataError."""
+def hold_out(utterances, seed=0):
+    """Keep a tenth for validation, by speaker where ten are known -> training, validation, the choice in words."""
+    speakers = {u.speaker for u in utterances}
+    known = len(speakers) >= 10 and '' not in speakers
+    groups = [u.speaker if known else u.where for u in utterances]
+    kept = set(random.Random(seed).sample(sorted(set(groups)), math.ceil(len(set(groups)) / 10)))
+    train, valid = ([u for u, group in zip(utterances, groups) if (group in kept) == out] for out in (False, True))
+    if not train:
+        raise DataError(f'{utterances[0].where}: a single utterance; give --valid_data')
+    choice = f'all of speakers {", ".join(sorted(kept))}' if known else 'at random, fewer than ten speakers being known'
+    return train, valid, f'held out for validation: {len(valid)} of {len(utterances)} utterances, {choice}'
+
+
+def load(u):
+    """An utterance's wave (S,) and rate. Raises DataError, also where the duration is not what its corpus says."""
     try:
-        return soundfile.info(path).duration
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise DataError(f'{path}: cannot be read as audio ({error})') from None
+        wave, rate = read_audio(u.path)
+    except DataError as error:
+        raise DataError(f'{u.where}: {error}') from None
+    if abs(len(wave) / rate - u.duration) > max(0.1, 0.1 * u.duration):
+        raise DataError(f'{u.where}: {u.path} lasts {len(wave) / rate:.2f} s, not {u.duration:.2f} as its duration '
+                        'says; mend that, or leave it out')
+    return wave, rate
 
 
 def unlearnable(utterances, alphabet, mel_frames):
@@ -202,7 +268,143 @@ def unlearnable(utterances, alphabet, mel_frames):
     return [u for u in utterances if math.ceil(u.frames / mel_frames) < frames_needed(encode(u.text, alphabet))]
 
 
-# ---- batches ------------------------------------------------------------------------------------------------------
+def gather(train, valid=None, test=None, seed=0, frames_per_output=4, listen=load, most=math.inf):
+    """Paths of corpora (valid: None holds some of training out, 'none' is no validation) -> a list of Utterances for
+    each, what was held out, and a line for each broken one that was left out {where: line}. listen is called on every
+    one of up to `most` utterances, and raises DataError for a broken one."""
+    sides, faults, choice = [], {}, ''
+    for path, split in (train, 'train'), (valid, 'valid'), (test, 'test'):
+        utterances, more = read_corpus(path, split) if path not in (None, 'none') else ([], {})
+        sides, faults = sides + [utterances], faults | more
+    if valid is None and sides[0]:
+        sides[0], sides[1], choice = hold_out(sides[0], seed)
+    for u in sum(sides, []) if sum(map(len, sides)) <= most else []:
+        try:
+            listen(u)
+        except DataError as error:
+            faults[u.where] = str(error)
+    for u in unlearnable(sides[0], make_alphabet(sides[0]), frames_per_output):
+        faults.setdefault(u.where, f'{u.where}: {u.path} has fewer outputs than labels and repeats; mend or remove it, '
+                          'or lower --frames_per_output')
+    return [[u for u in side if u.where not in faults] for side in sides], choice, faults
+
+
+# ---- the built-in corpus: a source and a filter (Fant 1960), by rule (Klatt 1980) -----------------------------------
+
+WORDS = dict(entry.split(': ') for entry in (
+    'zero: z ih r ao uh, one: w ah n, two: t uw, three: th r iy, four: f ao r, five: f aa ih v, six: s ih k s, '
+    'seven: s eh v ah n, eight: eh iy t, nine: n aa ih n, ten: t eh n, yes: y eh s, no: n ao uh, go: g ao uh, '
+    'stop: s t aa p, start: s t aa r t, left: l eh f t, right: r aa ih t, up: ah p, down: d aa uh n').split(', '))
+# Formants in Hz: vowels of Peterson & Barney 1952, table II (men); consonants of Klatt 1980, table III, with his nasal
+# formant as n's first. Levels in dB, a vowel is 0: voice and breath pass through the formants, hiss is noise around a
+# centre in kHz, so many octaves wide. Levels and durations (ms) were set by ear and spectrogram.
+PHONES = {name: np.array(row, float) for name, *row in map(str.split, '''
+    iy 270 2290 3010    0 -99 -99   4   1 110  |  n  270 1340 2470  -10 -99 -99   4   1  90
+    ih 390 1990 2550    0 -99 -99   4   1  80  |  f  340 1100 2080  -99 -40 -28   6   2  95
+    eh 530 1840 2480    0 -99 -99   4   1 100  |  v  220 1100 2080  -10 -30 -32   6   2  55
+    ah 640 1190 2390    0 -99 -99   4   1  90  |  th 320 1290 2540  -99 -40 -30   6 1.5  90
+    aa 730 1090 2440    0 -99 -99   4   1 110  |  s  320 1390 2530  -99 -40 -16   6 0.5 105
+    ao 570  840 2410    0 -99 -99   4   1 110  |  z  240 1390 2530  -10 -40 -20   6 0.5  75
+    uh 440 1020 2240    0 -99 -99   4   1  80  |  p  400 1100 2150  -99 -30 -28   1   2  30
+    uw 300  870 2240    0 -99 -99   4   1 140  |  t  400 1600 2600  -99 -26 -19 4.5 0.7  35
+    w  290  610 2150   -4 -99 -99   4   1  60  |  k  300 1990 2850  -99 -26 -19   2 0.4  35
+    y  260 2070 3020   -4 -99 -99   4   1  60  |  d  200 1600 2600   -8 -35 -22   4 0.7  20
+    r  310 1060 1380   -4 -99 -99   4   1  65  |  g  200 1990 2850   -8 -35 -24   2 0.4  25
+    l  310 1050 2880   -4 -99 -99   4   1  65'''.replace('\n', '|').split('|')[1:])}
+STOPS = 'ptkdg'  # begin with a closure
+STEP = 64        # samples, 4 ms: how often the filter moves
+SPLITS = {'train': (0, 60, 300), 'valid': (60, 8, 60), 'test': (68, 12, 120)}  # first speaker, speakers, utterances
+
+
+def synthesise(text, speaker=0, seed=0):
+    """Say words of WORDS in the voice of a speaker (a whole number from 0) -> wave (S,) float32 at 16 kHz, and
+    [(word, start, end)] in seconds. The same arguments give the same sound. Raises DataError for another word."""
+    words = text.split()
+    if not words or set(words) - set(WORDS) or speaker < 0:
+        raise DataError(f'{text!r}: the synthesiser says {", ".join(WORDS)}, in the voices of speakers from 0 up')
+    voice = np.random.default_rng([seed, speaker])
+    # Formants and pitch rise as the vocal tract shortens; speaking rate; breath in dB; corner of the source's slope, Hz.
+    tract, rate, breath, corner = voice.uniform([0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500])
+    pitch, accent = 140 * tract ** 3 * voice.uniform(0.8, 1.25), dict(zip(PHONES, voice.normal(1, 0.03, (99, 3))))
+    rng = np.random.default_rng([seed, speaker, zlib.crc32(text.encode())])
+    rows, steps, spans = [], [], []
+
+    def add(row, ms, quieter=0):  # quieter: dB, for voice, breath and hiss
+        rows.append(row - np.r_[0, 0, 0, np.broadcast_to(quieter, 3), 0, 0, 0])
+        steps.append(max(1, round(ms * SAMPLE_RATE / 1000 / STEP)))
+
+    for i, word in enumerate(words, 1):
+        first = len(steps)
+        for phone in WORDS[word].split():
+            row = PHONES[phone] * np.r_[accent[phone] * tract, 1, 1, 1, tract, 1, 1]
+            if phone in STOPS:
+                add(row, 55 / rate * rng.uniform(0.8, 1.2), (17, 200, 200))
+            add(row, row[8] / rate * rng.uniform(0.8, 1.2))
+        spans.append((word, first, len(steps)))
+        if rng.random() < 0.6 or i == len(words):  # the voice dies away, then a gap
+            for quieter in 10, 20, 30:
+                add(row, 40 if row[3] > -50 else 1, quieter)
+            add(row, rng.uniform(30, 300), 200)
+    rows, steps = [rows[0] - np.r_[0, 0, 0, 200, 200, 200, 0, 0, 0], *rows], [rng.integers(40, 100), *steps]  # silence
+    ends = np.cumsum(steps) * STEP / SAMPLE_RATE
+    spans = [(word, float(ends[a]), float(ends[b])) for word, a, b in spans]
+
+    def smooth(values, width):
+        kernel = np.hanning(width + 2) / np.hanning(width + 2).sum()
+        return torch.tensor(np.convolve(np.pad(values, width, 'edge'), kernel, 'same')[width:-width].astype(np.float32))
+
+    # Coarticulation: formants glide for 50 ms from phone to phone, voicing sets in over 56 ms, noise within 16.
+    track, n = np.repeat(rows, steps, axis=0).T, sum(steps)
+    track[3:6] = 10 ** (track[3:6] / 20)
+    f1, f2, f3, voiced, breathed, hissed = map(smooth, track, (13, 13, 13, 14, 4, 4))
+    # The source: a pulse train, all harmonics of a pitch that falls and wavers, and noise.
+    knots = pitch * np.linspace(1.1, 0.85, 2 + n // 40) * rng.normal(1, 0.07, 2 + n // 40)
+    pitch = np.interp(np.linspace(0, 1, (n - 1) * STEP), np.linspace(0, 1, len(knots)), knots)
+    half, harmonics = np.pi * np.cumsum(pitch) / SAMPLE_RATE, int(SAMPLE_RATE / 2 / pitch.max())
+    pulses = (np.sin((2 * harmonics + 1) * half) / np.sin(half) - 1) / math.sqrt(2 * harmonics)  # a sum of cosines
+    frames = {'n_fft': 512, 'hop_length': STEP, 'win_length': 256, 'window': torch.hann_window(256)}
+    pulses, noise = (torch.stft(torch.tensor(x, dtype=torch.float32), **frames, return_complex=True)  # (257, n)
+                     for x in (pulses, rng.standard_normal(len(pulses))))
+
+    # The filter: a resonance for each formant, the fourth and above fixed; every response has unit power.
+    def unit(response):
+        return response / response.abs().square().mean(0).sqrt()
+
+    hertz, tube = torch.linspace(0, SAMPLE_RATE / 2, 257)[:, None], torch.ones(257, 1)
+    for f in *(tract * torch.arange(3500, 8000, 1000)), f1, f2, f3:
+        tube = tube * (1 - (hertz / f) ** 2 + 1j * hertz * ((50 + f / 20) / f ** 2))  # 50 Hz and 5 % wide
+    centres, octaves = torch.tensor(np.array(rows)[:, 6:8].T, dtype=torch.float32)
+    hiss = unit((-((hertz.clamp(50) / 1000 / centres).log2() / octaves) ** 2 / 2).exp())
+    room = unit(1 / (1 + hertz / 300)) * 10 ** (-rng.uniform(10, 35) / 20)  # its noise, 10 to 35 dB below a vowel
+    spectrum = (unit(1 / tube / (1 + hertz / corner)) * voiced * pulses + noise * (
+        unit(1 / tube) * (breathed + voiced * 10 ** (breath / 20)) + room
+        + hiss.repeat_interleave(torch.tensor(steps), 1) * hissed))
+    wave = torch.istft(spectrum, **frames)
+    return (wave * (rng.uniform(0.2, 0.9) / wave.abs().max())).numpy(), spans
+
+
+def builtin_corpus(folder='corpus'):
+    """Speak the built-in corpus into a folder, once -> {'train': manifest, 'valid': ..., 'test': ...}; no speaker is in
+    two of them. One to six random words an utterance."""
+    folder = Path(folder)
+    if not folder.exists():
+        print(f'speaking the built-in corpus into {folder}, once', flush=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))  # an interrupted one is no corpus
+        for split, (first, speakers, utterances) in SPLITS.items():
+            rng, rows = np.random.default_rng(first), []
+            (unfinished / split).mkdir()
+            for i in range(utterances):
+                text, speaker = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7))), first + i % speakers
+                wave, _ = synthesise(text, speaker)
+                soundfile.write(unfinished / split / f'{i:04}.flac', wave, SAMPLE_RATE)
+                rows.append(json.dumps({'audio_filepath': f'{split}/{i:04}.flac', 'text': text,
+                                        'duration': len(wave) / SAMPLE_RATE, 'speaker': f'{speaker}'}) + '\n')
+            (unfinished / f'{split}.jsonl').write_text(''.join(rows))
+        unfinished.rename(folder)
+    return {split: str(folder / f'{split}.jsonl') for split in SPLITS}
+
+
+# ---- utterances as the network takes them -------------------------------------------------------------------------
 
 class Speech(torch.utils.data.Dataset):
     """Utterances as (log-mels (T, 80), target (L,), index). Items are asked for by (epoch, index): augmentation
@@ -221,15 +423,11 @@ class Speech(torch.utils.data.Dataset):
         u = self.utterances[index]
         target = encode(u.text, self.alphabet)
         # Name and text, not the index: an utterance keeps its augmentation in a subset or in another order.
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(f'{u.path.name} {u.text}'.encode())])
-        wave = load_audio(u.path)
-        if abs(len(wave) / SAMPLE_RATE - u.duration) > max(0.1, 0.1 * u.duration):
-            raise DataError(f'{u.where}: {u.path} lasts {len(wave) / SAMPLE_RATE:.2f} s, not {u.duration:.2f} as its '
-                            'duration says; mend that, or leave it out')
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(f'{u.path.stem} {u.text}'.encode())])
+        wave = resample(*load(u), SAMPLE_RATE)
         shortest = (frames_needed(target) - 1) * self.frames_per_output * HOP  # samples that CTC needs more than
         if len(wave) <= shortest:
-            raise DataError(f'{u.where}: {u.path} lasts {len(wave) / SAMPLE_RATE:.2f} s, too short for its '
-                            f'{len(target)} labels; mend its text or its duration, or remove it')
+            raise DataError(f'{u.where}: {u.path} is too short for its {len(target)} labels; mend or remove it')
         speed = int(rng.choice(SPEEDS))
         if self.speed_perturb and len(wave) * 100 / speed > shortest:
             wave = resample(wave, speed, 100)  # from 110 to 100 samples, say: tempo and pitch both rise by 10 %
@@ -239,39 +437,46 @@ class Speech(torch.utils.data.Dataset):
         return mels, torch.tensor(target), index
 
 
-def collate(items):
-    """-> mels (B, 1, T, 80), lengths (B,), targets (B, L), target lengths (B,), indices; padding is zero."""
-    mels, targets, indices = zip(*items)
-    longest = math.ceil(max(map(len, mels)) / PAD_TO) * PAD_TO
-    batch = torch.stack([F.pad(m, (0, 0, 0, longest - len(m))) for m in mels])[:, None]
-    return (batch, torch.tensor([len(m) for m in mels]),
-            torch.nn.utils.rnn.pad_sequence(targets, batch_first=True), torch.tensor([len(t) for t in targets]),
-            indices)
+# ---- python data.py -----------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Inspect a corpus before training, or say a sentence.')
+    parser.add_argument('path', help='corpus (see read_corpus) or audio file; with --say, the file to write')
+    parser.add_argument('--valid_data', help='corpus for validation; without it, a tenth is held out as train.py does')
+    parser.add_argument('--say', metavar='TEXT', help=f'any of: {" ".join(WORDS)}')
+    parser.add_argument('--speaker', type=int, default=0, help='with --say: whose voice, 0 or more')
+    args = parser.parse_args(argv)
+    import monitor
+    try:
+        if args.say is not None:
+            wave, spans = synthesise(normalise_text(args.say), args.speaker)
+            soundfile.write(args.path, wave, SAMPLE_RATE)
+            for word, start, end in spans:
+                print(f'{start:6.2f} {end:6.2f}  {word}')
+        elif Path(args.path).suffix.lower() in SUFFIXES:
+            print(f'{args.path}:', *monitor.remarks(*read_audio(args.path)))
+        else:
+            found = defaultdict(list)
+
+            def listen(u):
+                for remark in monitor.remarks(*load(u)):
+                    found[remark].append(u.path.name)
+
+            (train, valid, _), choice, faults = gather(args.path, args.valid_data, listen=listen)
+            for remark, names in sorted(found.items()):
+                print(f'! {len(names)} files {remark}:', *names)
+            alphabet = make_alphabet(train)
+            if train:
+                monitor.describe(train, valid, [encode(u.text, alphabet) for u in train], alphabet,
+                                 torch.tensor([math.ceil(u.frames / 4) for u in train]))
+            for when, frames in ('one output every 40 ms', 4), ('80 ms, before upsampling, with all --blocks', 8):
+                print(f'too short   for CTC at {when}:', *(u.path.name for u in unlearnable(train, alphabet, frames)))
+            print(choice)
+            if faults:
+                sys.exit('\n'.join([*faults.values(), f'data.py: {len(faults)} faults would end a training']))
+    except (DataError, soundfile.LibsndfileError, OSError, ValueError) as error:
+        sys.exit(f'data.py: {error}')
 
 
-def epoch_batches(utterances, batch_size, seed, epoch):
-    """Batches of (epoch, index), every utterance once, of nearly equal lengths, in random order. Durations are
-    jittered by 10 % before sorting, so that an utterance meets others every epoch."""
-    rng = np.random.default_rng([seed, epoch])
-    order = np.argsort([u.duration for u in utterances] * rng.uniform(0.9, 1.1, len(utterances)), kind='stable')
-    batches = [[(epoch, int(i)) for i in order[k:k + batch_size]] for k in range(0, len(order), batch_size)]
-    rng.shuffle(batches)
-    return batches
-
-
-def training_batches(utterances, batch_size, seed, epochs):
-    for epoch in range(epochs):
-        yield from epoch_batches(utterances, batch_size, seed, epoch)
-
-
-def length_batches(utterances, batch_size):
-    """For evaluation: every utterance once, sorted by length."""
-    order = sorted(range(len(utterances)), key=lambda i: utterances[i].duration)
-    return [[(0, i) for i in order[k:k + batch_size]] for k in range(0, len(order), batch_size)]
-
-
-def loader(speech, batches, workers=0):
-    """The batches (lists of (epoch, index)), loaded in the order given, whatever the number of worker processes."""
-    # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with workers.
-    return torch.utils.data.DataLoader(speech, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                                       generator=torch.Generator())
+if __name__ == '__main__':
+    main()

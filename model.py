@@ -1,5 +1,8 @@
 """The fixed recogniser: MobileNetV3-Small backbone, exact upsampling in time, BiLSTM, CTC head.
 
+    python model.py CHECKPOINT                          what it is, what it was trained on, how well
+    python model.py CHECKPOINT clip.wav ... [--times]   transcripts, with the time of every word
+
     log-mels     (B, 1, T, 80)        100 frames a second, each clip with its true length
     backbone     (B, 24, T/4, 10)     MobileNetV3-Small's stem and first blocks; --blocks 11: (B, 576, T/8, 3)
     projection   (B, T/4, 256)        frequency bands and channels flattened, one linear layer
@@ -16,7 +19,9 @@ References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks
 Graves et al. 2006, "Connectionist Temporal Classification"; Goyal et al. 2017, section 5.1 (zero_init_residual);
 Jozefowicz et al. 2015 (forget bias 1); Glorot & Bengio 2010 (Xavier initialisation).
 """
-from dataclasses import dataclass
+import argparse
+import sys
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -302,3 +307,68 @@ def greedy_decode(log_probs, lengths):
     section 3.2). (B, T', V), (B,) -> a list of B lists of symbols."""
     paths = [path[:n] for path, n in zip(log_probs.argmax(2).tolist(), lengths.tolist())]
     return [[s for s, before in zip(path, [0] + path) if s != before and s != 0] for path in paths]
+
+
+def word_times(path, alphabet, seconds):
+    """The labels of one clip's outputs -> [(word, start, end)] in seconds, from the first output that emits the word's
+    first character to the last that emits its last. Output t stands for the `seconds` around t * seconds: the strided
+    convolutions are centred on their first frame."""
+    words, before = [['', 0, 0]], 0
+    for t, s in enumerate(path):
+        word = words[-1]
+        if s and alphabet[s] == ' ':
+            words.append(['', 0, 0])
+        elif s:
+            word[1] = word[1] if word[0] else max(0, t - 0.5) * seconds
+            word[0] += alphabet[s] if s != before else ''
+            word[2] = (t + 0.5) * seconds
+        before = s
+    return [tuple(word) for word in words if word[0]]
+
+
+# ---- python model.py ----------------------------------------------------------------------------------------------
+
+def load_checkpoint(path):
+    """A checkpoint of train.py -> the recogniser in eval mode, its alphabet, what is known of its run."""
+    checkpoint = torch.load(path, weights_only=True, map_location='cpu')
+    network = Recogniser(Config(**checkpoint['config']))
+    network.load_state_dict(checkpoint['model'])
+    return network.eval(), checkpoint['alphabet'], checkpoint['run']
+
+
+@torch.no_grad()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Transcribe audio files, or describe a checkpoint.')
+    parser.add_argument('checkpoint', help='best.pt or last.pt of a run')
+    parser.add_argument('clips', nargs='*', help='audio files of any rate and number of channels; none: describe')
+    parser.add_argument('--times', action='store_true', help="each word's start and end, in seconds")
+    args = parser.parse_args(argv)
+    import data
+    try:
+        network, alphabet, run = load_checkpoint(args.checkpoint)
+    except Exception as error:  # whatever a file that is no checkpoint may raise
+        sys.exit(f'model.py: {args.checkpoint}: is no checkpoint of train.py ({str(error).splitlines()[0]})')
+    seconds, failed = network.config.frames_per_output * data.HOP / data.SAMPLE_RATE, False
+    for clip in args.clips:
+        try:
+            mels = data.normalise(data.log_mels(data.load_audio(clip)))
+        except data.DataError as error:
+            print(f'model.py: {error}', file=sys.stderr)
+            failed = True
+            continue
+        log_probs, lengths = network(mels[None, None], torch.tensor([len(mels)]))
+        text = data.decode(greedy_decode(log_probs, lengths)[0], alphabet)
+        print(f'{clip}: {text}' if len(args.clips) > 1 else text)
+        for word, start, end in word_times(log_probs[0].argmax(1).tolist(), alphabet, seconds) if args.times else []:
+            print(f'{start:6.2f} {end:6.2f}  {word}')
+    if not args.clips:
+        print(f'{asdict(network.config)}\n{sum(p.numel() for p in network.parameters()):,} parameters; alphabet: '
+              f'{"".join(alphabet)!r}\ntrained on {run["train_data"]}, {run["utterances"]} utterances, '
+              f'{run["hours"]:.2f} hours, {run["epoch"]} epochs')
+        for part in 'valid', 'test':
+            print(f'{part}: ' + ('WER {wer:.2f} %, CER {cer:.2f} %'.format(**run[part]) if run[part] else 'not scored'))
+    sys.exit(failed)
+
+
+if __name__ == '__main__':
+    main()

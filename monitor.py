@@ -7,8 +7,13 @@ A stuck CTC model sits on one of two lines, both known before training, in nats 
 
 Reference: Graves et al. 2006 (CTC). Input dependence is the mutual information between frame and output.
 """
+import argparse
+import json
 import math
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +23,7 @@ IGNORED = 0.05           # share of a healthy input dependence
 PARTS = ('backbone', 'recurrent', 'head')
 VANISHED = 1e-3          # a part's gradient norm, as a share of the largest part's
 EXPLODED = 1e3           # a part's gradient norm
+CLEAR = '\x1b[K'  # ANSI escape: erase to the end of the line
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
@@ -199,3 +205,101 @@ def diagnose(record):
         warnings.append(f"blank collapse: {record['blank']:.1%} of the frames are blank, {record['emitted']:.0%} of "
                         'the characters emitted')
     return warnings
+
+
+# ---- the report ---------------------------------------------------------------------------------------------------
+
+class Progress:
+    """A live line on a terminal: epoch, update, loss, time left."""
+
+    def __init__(self, epochs, updates):
+        self.epochs, self.updates, self.done, self.start = epochs, updates, 0, time.time()
+
+    def __call__(self, loss):
+        if sys.stderr.isatty():
+            epoch, update = divmod(self.done, self.updates)
+            left = int((time.time() - self.start) / (self.done + 1) * (self.epochs * self.updates - self.done - 1))
+            print(f'\repoch {epoch + 1}/{self.epochs}  update {update + 1}/{self.updates}  loss {loss:.3f}  '
+                  f'{left // 60} min {left % 60:02d} s left', end=CLEAR, file=sys.stderr, flush=True)
+        self.done += 1
+
+
+def report(record, sentence):
+    """The terminal's lines for one epoch; sentence: (index, said, heard, strip), or None without validation."""
+    valid = '  valid {valid_loss:.3f}  WER {wer:.1f} %  CER {cer:.1f} %' if sentence else ''
+    print(('{clear}epoch {epoch:3d}  {train_seconds:4.0f} s  loss {train_loss:.3f} ({train_way:.0%} of the way from '
+           'uniform to constant output)' + valid).format(clear='\r' + CLEAR if sys.stderr.isatty() else '', **record))
+    for warning in record['warnings']:
+        print(f'    ! {warning}')
+    if sentence:
+        print('     said {1}\n    heard {2}\n          {3}'.format(*sentence), flush=True)
+
+
+def remarks(wave, rate):
+    """What ails a recording (S,) that can be read, in words."""
+    size = wave.abs()
+    flat = size >= 0.9999 * size.max()
+    if rate < 16000:
+        yield f'sampled at {rate} Hz: of the band up to 8000 Hz, all above {rate // 2} Hz is missing'
+    if size.max() < 0.003:
+        yield 'near-silent, nowhere above -50 dB of full scale'
+    elif (flat[2:] & flat[1:-1] & flat[:-2]).sum() >= 5:
+        yield 'clipped, the peaks are flat'
+
+
+def describe(train, valid, targets, alphabet, outputs):
+    """Print what a corpus holds: utterances for training (at least one) and validation, the former's targets in
+    symbols of the alphabet and their output frames."""
+    lengths = torch.tensor([u.duration for u in train])
+    counts = Counter(''.join(u.text for u in train))
+    unseen = {w for u in valid for w in u.text.split()} - {w for u in train for w in u.text.split()}
+    uniform, constant = plateau_lines(targets[:500], outputs[:500], len(alphabet))
+    quantiles = lengths.quantile(torch.tensor([0, 0.1, 0.5, 0.9, 1])).tolist()
+    speakers = len({u.speaker for u in train} - {''}) or 'unknown'
+    print(f'training    {len(train)} utterances, {lengths.sum() / 3600:.2f} hours, speakers: {speakers}')
+    print('seconds     shortest {:.1f}, tenth {:.1f}, median {:.1f}, nine tenths {:.1f}, longest {:.1f}'.format(*quantiles))
+    print(f'alphabet    {len(alphabet) - 1} characters:', *map(repr, alphabet[1:]))
+    print('rare        ', ', '.join(f'{c!r} {n} times' for c, n in sorted(counts.items()) if n < 10) or 'none')
+    print(f'labels      {sum(map(len, targets)) / lengths.sum():.1f} a second')
+    print(f'plateaus    in nats per label: uniform output {uniform:.2f}, constant output {constant:.2f}')
+    print(f'validation  {len(valid)} utterances; {len(unseen)} of their words are not in training:', *sorted(unseen))
+
+
+def advice(log):
+    """The records of a log.jsonl -> where it ended and how to go on, in words."""
+    last = log[-1]
+    if 'wer' in last:
+        best = min(log, key=lambda r: (r['wer'], r['cer']))
+        yield f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, CER {best['cer']:.2f} %"
+    if last['dependence_share'] < IGNORED:
+        yield 'how to go on: the plateau was never left. Can it learn ten utterances (train.py --overfit 10)?'
+    elif last['nonfinite'] or last['clipped'] > 0.9 and last['train_way'] < 1.1:
+        yield 'how to go on: updates are lost or cut; halve --learning_rate'
+    elif 'wer' in last and last['valid_loss'] > 2 * last['train_loss']:
+        yield ('how to go on: training is learnt better than validation; more data, --spec_augment, a higher --dropout'
+               ' and more --epochs, in that order')
+    else:
+        yield 'how to go on: still learning; train for more --epochs'
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Read runs: a table by epoch, warnings, the best epoch, how to go on.')
+    parser.add_argument('run', nargs='+', help='run folder of train.py')
+    for run in parser.parse_args(argv).run:
+        try:
+            log = [json.loads(line) for line in (Path(run) / 'log.jsonl').read_text().splitlines()]
+            print(f'{run}\nepoch  seconds  train   way  valid    WER    CER  gradient  clipped  blank  dependence')
+            for r in log:
+                print('{epoch:5d} {train_seconds:8.0f} {train_loss:6.3f} {train_way:5.0%} {valid_loss:6.3f} {wer:6.2f} '
+                      '{cer:6.2f} {grad_norm:9.2f} {clipped:8.0%} {blank:6.0%} {dependence_share:11.2f}'.format(
+                          **{'valid_loss': math.nan, 'wer': math.nan, 'cer': math.nan} | r))
+                for warning in r['warnings']:
+                    print(f'      ! {warning}')
+            for line in advice(log):
+                print(line)
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            sys.exit(f'monitor.py: {run}: is no run folder with a log.jsonl of train.py ({error!r})')
+
+
+if __name__ == '__main__':
+    main()

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 import unicodedata
 from collections import Counter
@@ -26,6 +27,7 @@ import train
 
 FULL = {'blocks': 11}  # all of MobileNetV3-Small, with the early path
 AN4 = os.environ.get('AN4_DIR')
+slow = pytest.mark.skipif('SLOW' not in os.environ, reason='slow: set SLOW=1')
 NO_DATA = ['--train_data=none', '--valid_data=none']
 
 
@@ -139,7 +141,7 @@ def test_two_samples_are_learnt():
     start, rng = time.time(), np.random.default_rng(0)
     texts = ['bad cab', 'face a head']
     alphabet = data.make_alphabet([data.Utterance(None, text, 0, '', '') for text in texts])
-    mels, lengths, targets, target_lengths, _ = data.collate(
+    mels, lengths, targets, target_lengths, _ = train.collate(
         [(data.normalise(data.log_mels(torch.tensor(tones(text, rng), dtype=torch.float32))),
           torch.tensor(data.encode(text, alphabet)), i) for i, text in enumerate(texts)])
     network = recogniser(vocab_size=len(alphabet))
@@ -173,9 +175,9 @@ def test_two_samples_are_learnt():
 def test_loss_falls_every_epoch(first_run, corpus):
     """As fractions of the way from the uniform line (0) to the constant one (1, which is not yet learning)."""
     _, _, log = first_run
-    valid = data.read_manifest(corpus[3])
+    valid = data.read_corpus(corpus[3])[0]
     untrained = recogniser(vocab_size=10)
-    speech = data.Speech(valid, data.make_alphabet(data.read_manifest(corpus[1])))
+    speech = data.Speech(valid, data.make_alphabet(data.read_corpus(corpus[1])[0]))
     loss, _, _ = train.evaluate(untrained, speech, argparse.Namespace(workers=0, device='cpu'))
     began = monitor.way(loss, train.plateau(valid, speech.alphabet, untrained))
     ways = [record['train_way'] for record in log]
@@ -444,15 +446,15 @@ def test_what_ctc_cannot_learn():
 def test_every_utterance_once_an_epoch_in_batches_of_like_length():
     rng = random.Random(0)
     corpus = [data.Utterance(Path(f'{i}.wav'), 'a', rng.uniform(1, 20), '', '') for i in range(101)]
-    one, two, again = (data.epoch_batches(corpus, 8, 0, epoch) for epoch in (1, 2, 1))
+    one, two, again = (train.epoch_batches(corpus, 8, 0, epoch) for epoch in (1, 2, 1))
     assert one == again != two and sorted(i for batch in one for _, i in batch) == list(range(101))
     padding = [max(corpus[i].duration for _, i in batch) / min(corpus[i].duration for _, i in batch) for batch in one]
     assert np.median(padding) < 1.5
-    assert data.epoch_batches(corpus, 8, 1, 1) != one
+    assert train.epoch_batches(corpus, 8, 1, 1) != one
 
 
 def test_augmentation_depends_on_seed_epoch_and_utterance(corpus):
-    all_of_them = data.read_manifest(corpus[1])
+    all_of_them = data.read_corpus(corpus[1])[0]
     alphabet = data.make_alphabet(all_of_them)
 
     def item(epoch, index, of=all_of_them, seed=0, **flags):
@@ -469,12 +471,12 @@ def test_augmentation_depends_on_seed_epoch_and_utterance(corpus):
 
 
 @pytest.mark.parametrize('line,complaint', [
-    ('{"audio_filepath": "0.wav"}', "manifest.jsonl:2: has no 'text' key"),
+    ('{"audio_filepath": "0.wav"}', "manifest.jsonl:2: has None for its text (or sentence, transcript"),
     ('{"audio_filepath": "no.wav", "text": "a"}', 'no.wav'),
     ('{"audio_filepath": "no.wav", "text": "a", "duration": 1}', 'is no file'),
-    ('{"audio_filepath": "0.wav", "text": " "}', 'text must be a string that is not empty'),
-    ('{"audio_filepath": "0.wav", "text": 5}', 'text must be a string'),
-    ('{"audio_filepath": 3, "text": "a"}', 'audio_filepath must be a string'),
+    ('{"audio_filepath": "0.wav", "text": " "}', "has ' ' for its text"),
+    ('{"audio_filepath": "0.wav", "text": 5}', 'has 5 for its text'),
+    ('{"audio_filepath": 3, "text": "a"}', 'has 3 for its audio_filepath'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": NaN}', 'its duration is nan'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": "long"}', 'manifest.jsonl:2'),
     ('{"audio_filepath": "manifest.jsonl", "text": "a"}', 'cannot be read as audio'),
@@ -490,7 +492,8 @@ def test_bad_data_ends_in_one_line(line, complaint, tmp_path, capsys):
         print(line, file=file)
     with pytest.raises(SystemExit) as stop:
         train.main(['--train_data', str(manifest), '--valid_data', str(manifest), '--run_dir', str(tmp_path / 'run')])
-    assert complaint in stop.value.code and stop.value.code.count('\n') == 0
+    fault, count = stop.value.code.split('\n')
+    assert complaint in fault and count == '1 broken; --skip_bad trains without them'
     assert not (tmp_path / 'run' / 'last.pt').exists()
 
 
@@ -575,7 +578,7 @@ def test_checkpoints_load_and_decode_alike(first_run, corpus):
     checkpoint = torch.load(folder / 'best.pt', weights_only=True)
     network = model.Recogniser(model.Config(**checkpoint['config']))
     network.load_state_dict(checkpoint['model'])
-    speech = data.Speech(data.read_manifest(corpus[3]), checkpoint['alphabet'])
+    speech = data.Speech(data.read_corpus(corpus[3])[0], checkpoint['alphabet'])
     _, rates, _ = train.evaluate(network, speech, argparse.Namespace(workers=0, device='cpu'))
     assert rates == results['valid'] == checkpoint['run']['valid']
 
@@ -636,12 +639,288 @@ def test_test_data_is_scored_with_the_best_checkpoint(corpus, tmp_path):
     assert results['test'] == results['valid']
 
 
+# ---- the built-in corpus ------------------------------------------------------------------------------------------
+
+def test_the_synthesiser_repeats_itself_and_knows_its_words():
+    wave, spans = data.synthesise('seven two nine', 3)
+    assert np.array_equal(wave, data.synthesise('seven two nine', 3)[0])
+    assert len(wave) != len(data.synthesise('seven two nine', 4)[0]) and 0.1 < np.abs(wave).max() <= 0.9
+    assert [word for word, _, _ in spans] == ['seven', 'two', 'nine']
+    edges = [t for _, start, end in spans for t in (start, end)]
+    assert edges == sorted(edges) and 0.1 < edges[0] and edges[-1] < len(wave) / 16000
+    with pytest.raises(data.DataError, match='synthesiser says'):
+        data.synthesise('seven elephants')
+
+
+def test_vowels_have_the_formants_of_the_table():
+    """The strongest bands of a long 'iy' and 'aa', by an FFT of the wave: Peterson & Barney, times the tract's scale."""
+    voice = np.random.default_rng([0, 1])
+    tract = voice.uniform([0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500])[0]
+    for word, phone in ('three', 'iy'), ('start', 'aa'):
+        wave, [(_, start, end)] = data.synthesise(word, 1)
+        middle = end - 0.06 if phone == 'iy' else (start + end) / 2
+        piece = wave[int(16000 * middle) - 400:int(16000 * middle) + 400] * np.hanning(800)
+        power = np.convolve(np.abs(np.fft.rfft(piece, 4096)) ** 2, np.hanning(40), 'same')
+        hertz = np.arange(2049) * 16000 / 4096
+        for formant, low, high in zip(data.PHONES[phone][:2] * tract, (150, 1050), (900, 3000)):
+            band = (hertz > low) & (hertz < high)
+            assert abs(hertz[band][power[band].argmax()] / formant - 1) < 0.25
+
+
+def dtw(a, b):
+    """Length-normalised dynamic time warping distance of two mel sequences (T, 80)."""
+    cost = torch.cdist(a, b).numpy()
+    total = np.full((len(a) + 1, len(b) + 1), np.inf)
+    total[0, 0] = 0
+    for i in range(len(a)):
+        for j in range(len(b)):
+            total[i + 1, j + 1] = cost[i, j] + min(total[i, j], total[i, j + 1], total[i + 1, j])
+    return total[-1, -1] / (len(a) + len(b))
+
+
+@slow
+def test_a_template_matcher_fails_on_the_built_in_corpus():
+    """Words of training speakers, cut out by their known times, as templates for those of validation's."""
+    def words(speakers, n):
+        rng, cut = np.random.default_rng(speakers[0]), []
+        for speaker in speakers:
+            wave, spans = data.synthesise(' '.join(rng.permutation(list(data.WORDS))[:n]), speaker)
+            mels = data.normalise(data.log_mels(torch.tensor(wave)))
+            cut += [(word, mels[int(100 * start):int(100 * end)][::2]) for word, start, end in spans]
+        return cut
+
+    templates, spoken = words(range(3), 20), words(range(60, 68), 6)
+    wrong = sum(min(templates, key=lambda t: dtw(t[1], mels))[0] != word for word, mels in spoken)
+    print(f'template matcher: {100 * wrong / len(spoken):.0f} % of {len(spoken)} words wrong')
+    assert wrong / len(spoken) >= 0.2
+
+
+@slow
+def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
+    """python train.py and the command it prints; then word times of new sentences by unseen speakers, against the
+    synthesiser's own."""
+    monkeypatch.chdir(tmp_path)
+    results = train.main([])
+    _, checkpoint, clip = capsys.readouterr().out.strip().splitlines()[-1].split()[-3:]
+    network, alphabet, run = model.load_checkpoint(checkpoint)
+    untrained = model.Recogniser(network.config).eval()
+    test = data.read_corpus('corpus/test.jsonl')[0]
+    rates = train.evaluate(untrained, data.Speech(test, alphabet), train.parse_flags([]))[1]
+    errors, rng = [], np.random.default_rng(0)
+    for speaker in range(200, 250):
+        wave, spans = data.synthesise(' '.join(rng.choice(list(data.WORDS), 5)), speaker)
+        mels = data.normalise(data.log_mels(torch.tensor(wave)))
+        log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
+        heard = model.word_times(log_probs[0].argmax(1).tolist(), alphabet, 0.04)
+        if [word for word, _, _ in heard] == [word for word, _, _ in spans]:
+            errors += [abs(a - b) for h, s in zip(heard, spans) for a, b in zip(h[1:], s[1:])]
+    print(f'{results}\nuntrained WER {rates["wer"]:.0f} %; word times: median error {1000 * np.median(errors):.0f} ms '
+          f'of {len(errors)} edges')
+    assert results['test']['wer'] <= 5 and results['train_seconds'] < 240 and rates['wer'] >= 99
+    assert len(errors) > 400 and np.median(errors) <= 0.08
+
+
+# ---- corpora of other forms ---------------------------------------------------------------------------------------
+
+def write_forms(us, folder):
+    """Utterances as JSON lines (flac), Common Voice (wav), LibriSpeech (flac) and CMU Sphinx (sph) -> four paths."""
+    rows = {'jsonl': [], 'tsv': ['client_id\tpath\tsentence\tup_votes'], 'trans': {}, 'ids': [], 'sphinx': []}
+    for i, u in enumerate(us):
+        wave, rate = soundfile.read(u.path, dtype='int16')
+        name, speaker = u.path.stem, u.speaker
+        for path, kind in ((f'jsonl/{name}.flac', 'FLAC'), (f'cv/clips/{name}.wav', 'WAV'),
+                           (f'libri/{speaker}/1/{name}.flac', 'FLAC'), (f'an4/wav/clstk/{speaker}/{name}.sph', 'NIST')):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(folder / path, wave, rate, format=kind, subtype='PCM_16')
+        rows['jsonl'].append(json.dumps({'audio_filepath': f'{name}.flac', 'text': u.text, 'speaker': speaker}))
+        rows['tsv'].append(f'{speaker}\t{name}.wav\t{u.text.capitalize()}\t2')
+        rows['trans'].setdefault(speaker, []).append(f'{name} {u.text.upper()}')
+        rows['ids'].append(f'clstk/{speaker}/{name}')
+        rows['sphinx'].append(f'<s> {u.text.upper()} </s> ({name})' if i % 2 else f'{u.text.upper()} ({name})')
+    (folder / 'an4/etc').mkdir()
+    for path, lines in {'jsonl/train.jsonl': rows['jsonl'], 'cv/train.tsv': rows['tsv'],
+                        'an4/etc/an4_train.fileids': rows['ids'], 'an4/etc/an4_train.transcription': rows['sphinx'],
+                        'an4/etc/an4_test.transcription': [],
+                        **{f'libri/{s}/1/{s}-1.trans.txt': lines for s, lines in rows['trans'].items()}}.items():
+        (folder / path).write_text('\n'.join(lines) + '\n')
+    return [folder / path for path in ('jsonl/train.jsonl', 'cv/train.tsv', 'libri', 'an4')]
+
+
+def assert_same_batches(paths):
+    seen = []
+    for path in paths:
+        (us, valid, _), _, faults = data.gather(path, seed=1)
+        assert not faults and valid
+        speech = data.Speech(us, data.make_alphabet(us), 4, speed_perturb=True)
+        seen.append(list(train.loader(speech, train.training_batches(us, 8, 0, 2))))
+    for other in seen[1:]:
+        assert len(other) == len(seen[0])
+        for batch, same in zip(seen[0], other):
+            assert all(torch.equal(a, b) for a, b in zip(batch[:4], same[:4]))
+
+
+def test_every_form_of_corpus_gives_the_same_batches(tmp_path):
+    (tmp_path / 'made').mkdir()
+    us = []
+    for i in range(24):
+        text = ' '.join(random.Random(i).sample(sorted(data.WORDS), 2))
+        path = tmp_path / 'made' / f's{i % 12}-1-{i:04}.wav'
+        soundfile.write(path, data.synthesise(text, i % 12)[0], 16000)
+        us.append(data.Utterance(path, text, 1, f's{i % 12}', ''))
+    assert_same_batches(write_forms(us, tmp_path))
+    table = tmp_path / 'jsonl' / 'table.csv'
+    table.write_text('file,transcript\n' + ''.join(f'{u.path.stem}.flac,"{u.text}"\n' for u in us))
+    assert [(u.path.stem, u.text) for u in data.read_corpus(table)[0]] == [
+        (u.path.stem, u.text) for u in data.read_corpus(tmp_path / 'an4')[0]]
+
+
+@pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
+def test_an4_in_every_form_gives_the_same_batches(tmp_path):
+    some = data.read_corpus(Path(AN4) / 'dev.jsonl')[0] + data.read_corpus(Path(AN4) / 'test.jsonl')[0]
+    assert_same_batches(write_forms(some, tmp_path))
+
+
+def test_whole_speakers_are_held_out():
+    us = [data.Utterance(Path(f'{i}.wav'), 'a', 1, f's{i % 20}', f'm:{i}') for i in range(100)]
+    rest, kept, choice = data.hold_out(us)
+    assert len(kept) == 10 and not {u.speaker for u in kept} & {u.speaker for u in rest} and len(rest) == 90
+    assert all(u.speaker in choice for u in kept) and data.hold_out(us)[1] == kept
+    anonymous = [data.Utterance(u.path, 'a', 1, '', u.where) for u in us]
+    rest, kept, choice = data.hold_out(anonymous)
+    assert (len(rest), len(kept)) == (90, 10) and 'at random' in choice
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Six good utterances of tones, and one of each ailment."""
+    manifest = write_corpus(tmp_path / 'c', random_texts(6, 3))
+    loud = np.clip(8 * tones('abc', np.random.default_rng(0)), -1, 1)
+    soundfile.write(tmp_path / 'c' / 'clipped.wav', loud, 16000)
+    soundfile.write(tmp_path / 'c' / 'silent.wav', loud * 1e-4, 16000)
+    soundfile.write(tmp_path / 'c' / 'narrow.wav', loud[::2] * 0.3, 8000)
+    soundfile.write(tmp_path / 'c' / 'short.wav', loud[:1000], 16000)
+    (tmp_path / 'c' / 'empty.wav').write_bytes(b'')
+    soundfile.write(tmp_path / 'c' / 'cut.flac', loud, 16000)
+    (tmp_path / 'c' / 'cut.flac').write_bytes((tmp_path / 'c' / 'cut.flac').read_bytes()[:-3000])
+    with open(manifest, 'a') as file:
+        for name in 'clipped.wav', 'silent.wav', 'narrow.wav', 'short.wav', 'empty.wav', 'cut.flac', 'gone.wav':
+            print(json.dumps({'audio_filepath': name, 'text': 'abc abc'}), file=file)
+    return manifest
+
+
+def test_inspection_names_what_ails(broken, corpus, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.main([str(broken), '--valid_data', corpus[3]])
+    out = capsys.readouterr().out
+    for remark, name in ('clipped', 'clipped.wav'), ('near-silent', 'silent.wav'), ('above 4000 Hz', 'narrow.wav'):
+        assert any(remark in line and name in line for line in out.splitlines())
+    for name in 'short.wav', 'empty.wav', 'cut.flac', 'gone.wav':
+        assert name in stop.value.code
+    assert stop.value.code.endswith('4 faults would end a training') and 'words are not in training' in out
+    data.main([corpus[1], '--valid_data', corpus[3]])
+    uniform, constant = re.search(r'uniform output ([\d.]+), constant output ([\d.]+)', capsys.readouterr().out).groups()
+    assert float(uniform) > float(constant) > 1
+
+
+def test_bad_utterances_end_a_run_or_are_left_out(broken, corpus, tmp_path, capsys):
+    flags = ['--train_data', str(broken), '--valid_data', corpus[3], '--epochs=1', '--run_dir', str(tmp_path / 'run')]
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert all(name in stop.value.code for name in ('short.wav', 'empty.wav', 'cut.flac', 'gone.wav'))
+    assert not (tmp_path / 'run').exists()
+    train.main([*flags, '--skip_bad'])
+    out = capsys.readouterr().out
+    assert '4 broken utterances are left out' in out and '9 utterances, ' in out
+
+
+# ---- using what was learnt ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def by_heart(tmp_path_factory):
+    """Two sentences of the synthesiser, learnt by --overfit -> run folder, wave of the first."""
+    folder = tmp_path_factory.mktemp('heart')
+    rows = []
+    for i, text in enumerate(['seven two nine', 'left go']):
+        soundfile.write(folder / f'{i}.wav', data.synthesise(text, i)[0], 16000)
+        rows.append(json.dumps({'audio_filepath': f'{i}.wav', 'text': text}))
+    (folder / 'm.jsonl').write_text('\n'.join(rows))
+    train.main(['--train_data', str(folder / 'm.jsonl'), '--valid_data', 'none', '--overfit', '2', '--batch_size', '2',
+                '--run_dir', str(folder / 'run')])
+    return folder / 'run', data.synthesise('seven two nine', 0)[0]
+
+
+def transcribe(capsys, *args):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        model.main(list(map(str, args)))
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out.strip(), captured.err
+
+
+def test_any_file_format_gives_the_same_transcript(by_heart, tmp_path, capsys):
+    run, wave = by_heart
+    wave, clips = torch.tensor(wave), []
+    for name, rate, channels in ('a.wav', 44100, 2), ('b.flac', 24000, 1), ('c.mp3', 16000, 1), ('d.ogg', 16000, 1):
+        clips.append(tmp_path / name)
+        copy = data.resample(wave, 16000, rate).numpy()
+        soundfile.write(clips[-1], np.stack([copy] * channels, 1), rate)
+    for clip in clips:
+        assert transcribe(capsys, run / 'best.pt', clip)[:2] == (False, 'seven two nine')
+    soundfile.write(tmp_path / 'e.wav', data.resample(wave, 16000, 8000).numpy(), 8000)
+    assert transcribe(capsys, run / 'best.pt', tmp_path / 'e.wav')[0] is False
+    data.main([str(tmp_path / 'e.wav')])
+    assert 'above 4000 Hz is missing' in capsys.readouterr().out
+    code, out, err = transcribe(capsys, run / 'best.pt', tmp_path / 'no.wav', clips[0])
+    assert code and out.endswith('seven two nine') and 'no.wav' in err and err.count('\n') == 1
+
+
+def test_words_have_times(by_heart, capsys):
+    path = [0, 1, 1, 0, 2, 3, 0, 0, 1, 0, 1, 3, 3, 0]
+    assert model.word_times(path, ['', 'a', 'b', ' '], 0.1) == [
+        ('ab', pytest.approx(0.05), pytest.approx(0.45)), ('aa', pytest.approx(0.75), pytest.approx(1.05))]
+    run, wave = by_heart
+    _, out, _ = transcribe(capsys, run / 'best.pt', run / 'clip.wav', '--times')
+    first, *lines = out.splitlines()
+    assert [line.split()[2] for line in lines] == first.split()
+    times = [float(t) for line in lines for t in line.split()[:2]]
+    assert times == sorted(times) and times[-1] <= len(wave) / 16000 + 0.04
+
+
+def test_checkpoints_and_runs_describe_themselves(by_heart, first_run, tmp_path, capsys):
+    _, out, _ = transcribe(capsys, by_heart[0] / 'best.pt')
+    assert 'valid: WER 0.00 %' in out and 'm.jsonl' in out and 'parameters' in out
+    monitor.main([str(first_run[0])])
+    out = capsys.readouterr().out
+    assert 'best epoch' in out and 'how to go on' in out and len(out.splitlines()) >= 7
+    (tmp_path / 'x.pt').write_text('x')
+    assert 'is no checkpoint' in transcribe(capsys, tmp_path / 'x.pt', 'a.wav')[0]
+    with pytest.raises(SystemExit, match='is no run folder'):
+        monitor.main([str(tmp_path)])
+
+
+def test_overfit_gives_a_verdict(by_heart, tmp_path, corpus, capsys):
+    log = (by_heart[0] / 'log.jsonl').read_text().splitlines()
+    assert json.loads(log[-1])['cer'] == 0 and len(log) < 20
+    with pytest.raises(SystemExit, match='NOT LEARNT'):
+        train.main([*corpus[:2], '--valid_data=none', '--overfit=3', '--epochs=1', '--learning_rate=1e-9',
+                    '--batch_size=2', '--run_dir', str(tmp_path / 'run')])
+
+
+def test_training_on_everything_keeps_the_last_checkpoint(corpus, tmp_path):
+    results = train.main([*corpus[:2], '--valid_data=none', '--test_data', corpus[3], '--epochs=1',
+                          '--run_dir', str(tmp_path / 'run')])
+    assert results['valid'] is None and results['test']['utterances'] == 6
+    assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == [
+        'clip.wav', 'config.json', 'last.pt', 'log.jsonl', 'results.json']
+    assert torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['run']['test'] == results['test']
+
+
 # ---- real recordings ----------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
 def test_an4_is_read_whole():
     """Counts of the corpus's own documentation, letters alone in the alphabet, CTC's lines where English has them."""
-    fit = data.read_manifest(Path(AN4) / 'train.jsonl')
+    fit = data.read_corpus(Path(AN4) / 'train.jsonl')[0]
     alphabet = data.make_alphabet(fit)
     assert len(fit) == 948 and ''.join(alphabet) == ' abcdefghijklmnopqrstuvwxyz'
     assert not data.unlearnable(fit, alphabet, 4) and len(data.unlearnable(fit, alphabet, 8)) > 40
@@ -654,13 +933,13 @@ def test_an4_is_read_whole():
 
 @pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
 def test_an4_a_clip_alone_equals_itself_in_a_batch():
-    us = data.read_manifest(Path(AN4) / 'dev.jsonl')[:4]
+    us = data.read_corpus(Path(AN4) / 'dev.jsonl')[0][:4]
     speech = data.Speech(us, data.make_alphabet(us))
     network = shaken('fixed', FULL)
     with torch.no_grad():
-        mels, lengths, *_ = data.collate([speech[0, i] for i in range(4)])
+        mels, lengths, *_ = train.collate([speech[0, i] for i in range(4)])
         together, n = network(mels, lengths)
         for i in range(4):
-            mels, lengths, *_ = data.collate([speech[0, i]])
+            mels, lengths, *_ = train.collate([speech[0, i]])
             alone, _ = network(mels, lengths)
             assert torch.allclose(alone[0, :n[i]], together[i, :n[i]], atol=1e-4)

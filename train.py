@@ -1,10 +1,12 @@
 """Train the recogniser on recordings and transcripts, and score it.
 
-    python train.py --train_data train.jsonl --valid_data dev.jsonl --test_data test.jsonl --epochs 40
+    python train.py                                                   the built-in corpus
+    python train.py --train_data my/train.tsv --test_data my/test.tsv --epochs 40
+    python train.py --train_data my/train.tsv --overfit 10            the first experiment with any new data
 
 A run folder holds config.json (the flags), log.jsonl (one JSON object an epoch), best.pt (lowest validation WER),
-last.pt, and results.json at the end. Losses are CTC in nats per label: each utterance's negative log-likelihood
-divided by its number of labels, averaged over utterances.
+last.pt, and at the end results.json and clip.wav, a recording to transcribe. Losses are CTC in nats per label: each
+utterance's negative log-likelihood divided by its number of labels, averaged over utterances.
 """
 import argparse
 import itertools
@@ -14,9 +16,11 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
 import torch.nn.functional as F
 
@@ -25,8 +29,52 @@ import model
 import monitor
 
 EVALUATION_BATCH = 16
-CLEAR = '\x1b[K'  # ANSI escape: erase to the end of the line
+PAD_TO = 32  # frames; few different shapes are faster than exact ones
+LISTEN_TO = 5000  # utterances; of more, files are decoded before training only with --skip_bad
+OVERFIT_UPDATES = 25  # an epoch of --overfit
 
+
+# ---- batches ------------------------------------------------------------------------------------------------------
+
+def collate(items):
+    """-> mels (B, 1, T, 80), lengths (B,), targets (B, L), target lengths (B,), indices; padding is zero."""
+    mels, targets, indices = zip(*items)
+    longest = math.ceil(max(map(len, mels)) / PAD_TO) * PAD_TO
+    batch = torch.stack([F.pad(m, (0, 0, 0, longest - len(m))) for m in mels])[:, None]
+    return (batch, torch.tensor([len(m) for m in mels]),
+            torch.nn.utils.rnn.pad_sequence(targets, batch_first=True), torch.tensor([len(t) for t in targets]),
+            indices)
+
+
+def epoch_batches(utterances, batch_size, seed, epoch):
+    """Batches of (epoch, index), every utterance once, of nearly equal lengths, in random order. Durations are
+    jittered by 10 % before sorting, so that an utterance meets others every epoch."""
+    rng = np.random.default_rng([seed, epoch])
+    order = np.argsort([u.duration for u in utterances] * rng.uniform(0.9, 1.1, len(utterances)), kind='stable')
+    batches = [[(epoch, int(i)) for i in order[k:k + batch_size]] for k in range(0, len(order), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def training_batches(utterances, batch_size, seed, epochs):
+    for epoch in range(epochs):
+        yield from epoch_batches(utterances, batch_size, seed, epoch)
+
+
+def length_batches(utterances, batch_size):
+    """For evaluation: every utterance once, sorted by length."""
+    order = sorted(range(len(utterances)), key=lambda i: utterances[i].duration)
+    return [[(0, i) for i in order[k:k + batch_size]] for k in range(0, len(order), batch_size)]
+
+
+def loader(speech, batches, workers=0):
+    """The batches (lists of (epoch, index)), loaded in the order given, whatever the number of worker processes."""
+    # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with workers.
+    return torch.utils.data.DataLoader(speech, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                                       generator=torch.Generator())
+
+
+# ---- flags --------------------------------------------------------------------------------------------------------
 
 def number(kind, low):
     """An argparse type: int or float, not below low, small enough for a float to count it."""
@@ -46,16 +94,21 @@ def parse_flags(argv=None):
     switch, absent = {'action': argparse.BooleanOptionalAction}, {'default': argparse.SUPPRESS}
     count, positive, amount = number(int, 0), number(int, 1), number(float, 0)
     add = parser.add_argument_group('data').add_argument
-    add('--train_data', required=True, help='manifest: JSON lines with audio_filepath and text')
-    add('--valid_data', required=True, help='manifest that chooses best.pt')
-    add('--test_data', default=None, help='manifest scored once, at the end, with best.pt; None: no test')
+    add('--train_data', default=None, help='corpus: .jsonl, .csv or .tsv manifest, LibriSpeech or CMU Sphinx folder; '
+        'None: the built-in corpus, spoken into the folder corpus/')
+    add('--valid_data', default=None, help='corpus that chooses best.pt; None: a tenth of the training data, other '
+        'speakers if ten are known; none: train on everything, keep the last checkpoint')
+    add('--test_data', default=None, help='corpus scored once, at the end; None: no test')
+    add('--skip_bad', default=False, help='leave out utterances that cannot be used; without it, they end the run '
+        'before it starts', **switch)
+    add('--overfit', type=count, default=0, help='learn N utterances by heart, without augmentation; 0: train')
     add('--num_train_samples', type=count, default=0,
         help='train on the first N utterances after a seeded shuffle; 0: all')
     add('--spec_augment', default=False, help='mask bands and stretches of time in training', **switch)
     add('--speed_perturb', default=True, help='play at 0.9 to 1.1 times the speed in training', **switch)
     add('--workers', type=count, default=0, help='processes that load audio; 0: the training process itself')
     add = parser.add_argument_group('optimisation').add_argument
-    add('--epochs', type=positive, default=40, help='passes over the training data')
+    add('--epochs', type=positive, default=20, help='passes over the training data')
     add('--batch_size', type=positive, default=8, help='utterances an update')
     add('--learning_rate', type=amount, default=3e-4, help='OneCycleLR climbs to ten times this')
     add('--weight_decay', type=amount, default=1e-5, help="AdamW's; 0: none")
@@ -120,8 +173,8 @@ def evaluate(network, speech, args):
     [(index, said, heard, frame labels as a strip: '.' blank, '_' space)]."""
     network.eval()
     losses, sentences = [], []
-    for mels, lengths, targets, target_lengths, indices in data.loader(
-            speech, data.length_batches(speech.utterances, EVALUATION_BATCH), args.workers):
+    for mels, lengths, targets, target_lengths, indices in loader(
+            speech, length_batches(speech.utterances, EVALUATION_BATCH), args.workers):
         log_probs, lengths = network(mels.to(args.device), lengths.to(args.device))
         log_probs, lengths = log_probs.cpu(), lengths.cpu()
         loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, reduction='none')
@@ -134,41 +187,28 @@ def evaluate(network, speech, args):
     return sum(losses) / max(1, len(losses)), rates, sorted(sentences)
 
 
-class Progress:
-    """A live line on a terminal: epoch, update, loss, time left."""
-
-    def __init__(self, epochs, updates):
-        self.epochs, self.updates, self.done, self.start = epochs, updates, 0, time.time()
-
-    def __call__(self, loss):
-        if sys.stderr.isatty():
-            epoch, update = divmod(self.done, self.updates)
-            left = int((time.time() - self.start) / (self.done + 1) * (self.epochs * self.updates - self.done - 1))
-            print(f'\repoch {epoch + 1}/{self.epochs}  update {update + 1}/{self.updates}  loss {loss:.3f}  '
-                  f'{left // 60} min {left % 60:02d} s left', end=CLEAR, file=sys.stderr, flush=True)
-        self.done += 1
-
-
-def read_data(args):
-    """The manifests -> training, validation and test utterances (None without --test_data)."""
-    train = data.read_manifest(args.train_data)
+def read_data(args, frames_per_output):
+    """The corpora -> training, validation and test utterances. Raises DataError that lists all that is broken."""
+    paths = data.builtin_corpus() if args.train_data is None else {}
+    paths |= {split: path for split, path in (('train', args.train_data), ('valid', args.valid_data),
+                                              ('test', args.test_data)) if path is not None}
+    sides, choice, faults = data.gather(paths['train'], paths.get('valid'), paths.get('test'), args.seed,
+                                        frames_per_output, most=math.inf if args.skip_bad else LISTEN_TO)
+    if faults and not args.skip_bad:
+        raise data.DataError('\n'.join([*faults.values(), f'{len(faults)} broken; --skip_bad trains without them']))
+    if faults:
+        print(*faults.values(), f'{len(faults)} broken utterances are left out', sep='\n')
+    for path, side in zip(paths.values(), sides):
+        if not side and path != 'none':
+            raise data.DataError(f'{path}: has no utterance that can be used')
+    print(choice, end='\n' if choice else '')
+    train, valid, test = sides
     random.Random(args.seed).shuffle(train)
-    return (train[:args.num_train_samples or None], data.read_manifest(args.valid_data),
-            data.read_manifest(args.test_data) if args.test_data else None)
-
-
-def check_learnable(train, alphabet, network):
-    """Name what CTC cannot align, on the output grid (an error) and on the backbone's coarsest grid (a warning:
-    interpolation makes the first check pass and brings nothing back). Raises DataError."""
-    lost = data.unlearnable(train, alphabet, network.config.frames_per_output)
-    if lost:
-        raise data.DataError('\n'.join(f'{u.where}: {u.path} has fewer outputs than labels and repeats; mend or remove '
-                                       f'it, or lower --frames_per_output' for u in lost))
-    coarse = data.unlearnable(train, alphabet, network.stride)
-    if coarse:
-        print(f"{len(coarse)} of {len(train)} utterances have fewer frames on the backbone's coarsest grid "
-              f'({10 * network.stride} ms) than CTC needs; upsampling hides that:',
-              ', '.join(u.path.name for u in coarse))
+    train = train[:args.num_train_samples or None]
+    if args.overfit:
+        valid, test = train[:args.overfit], []
+        train = valid * math.ceil(OVERFIT_UPDATES * args.batch_size / len(valid))
+    return train, valid, test
 
 
 def plateau(utterances, alphabet, network):
@@ -182,15 +222,6 @@ def plateau(utterances, alphabet, network):
                                  network.output_lengths(torch.tensor([u.frames for u in some])), len(alphabet))
 
 
-def report(record, sentence):
-    """The terminal's lines for one epoch."""
-    print('epoch {epoch:3d}  {train_seconds:4.0f} s  loss {train_loss:.3f} ({train_way:.0%} of the way from uniform to '
-          'constant output)  valid {valid_loss:.3f}  WER {wer:.1f} %  CER {cer:.1f} %'.format(**record))
-    print(*(f'    ! {warning}\n' for warning in record['warnings']), sep='', end='')
-    _, said, heard, strip = sentence
-    print(f'     said {said}\n    heard {heard}\n          {strip}', flush=True)
-
-
 def run(args):
     """Train and score as the flags say -> the contents of results.json. Raises DataError."""
     run_dir = Path(args.run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
@@ -200,30 +231,33 @@ def run(args):
     except OSError as error:
         raise data.DataError(f'--run_dir {run_dir}: cannot be used ({error.strerror}); name another folder') from None
     torch.manual_seed(args.seed)
-    train, valid, test = read_data(args)
-    alphabet = data.make_alphabet(train)
     try:
-        config = model.Config(len(alphabet), **model.PRESETS[args.model] | {
+        config = model.Config(1, **model.PRESETS[args.model] | {
             key: value for key, value in vars(args).items() if key in model.Config.__dataclass_fields__})
+        train, valid, test = read_data(args, config.frames_per_output)
+        alphabet = data.make_alphabet(train)
+        config = replace(config, vocab_size=len(alphabet))
         network = model.Recogniser(config).to(args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # a bad combination of flags; no such device
         raise data.DataError(f'flags: {error}') from None
-    for flag, utterances in ('--valid_data', valid), ('--test_data', test or []):
-        unseen = {character for u in utterances for character in u.text}.difference(alphabet)
-        if unseen:
-            print(f'{flag} has characters that no training transcript has, so each is an error:',
-                  *map(repr, sorted(unseen)))
-    check_learnable(train, alphabet, network)
-    frames_per_output, parameters = config.frames_per_output, sum(p.numel() for p in network.parameters())
-    train_speech = data.Speech(train, alphabet, frames_per_output, args.seed, args.spec_augment, args.speed_perturb)
-    valid_speech = data.Speech(valid, alphabet)
-    updates = math.ceil(len(train) / args.batch_size)  # an epoch
-    batches = iter(data.loader(train_speech, data.training_batches(train, args.batch_size, args.seed, args.epochs),
-                               args.workers))
+    unseen = {character for u in valid + test for character in u.text}.difference(alphabet)
+    if unseen:
+        print('validation or test has characters that no training transcript has, so each is an error:', *map(repr, sorted(unseen)))
+    coarse = data.unlearnable(train, alphabet, network.stride)
+    if coarse:
+        print(f"{len(coarse)} of {len(train)} utterances have fewer frames on the backbone's coarsest grid "
+              f'({10 * network.stride} ms) than CTC needs; upsampling hides that:', *(u.path.name for u in coarse))
+    augment = not args.overfit
+    train_speech = data.Speech(train, alphabet, config.frames_per_output, args.seed, augment and args.spec_augment,
+                               augment and args.speed_perturb)
+    updates, hours = math.ceil(len(train) / args.batch_size), sum(u.duration for u in train) / 3600  # an epoch's
+    batches = iter(loader(train_speech, training_batches(train, args.batch_size, args.seed, args.epochs), args.workers))
     optimizer, schedule = make_optimizer(network, args, updates * args.epochs)
-    lines, valid_lines = plateau(train, alphabet, network), plateau(valid, alphabet, network)
-    print(f'{len(train)} utterances, {len(alphabet)} symbols, {parameters:,} parameters; losses in nats per label: '
-          f'uniform output {lines[0]:.2f}, constant output {lines[1]:.2f}')
+    lines = plateau(train, alphabet, network)
+    valid_lines = plateau(valid, alphabet, network) if valid else None
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f'{len(train)} utterances, {hours:.2f} hours, {len(alphabet)} symbols, {parameters:,} parameters; losses in '
+          f'nats per label: uniform output {lines[0]:.2f}, constant output {lines[1]:.2f}')
 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -232,7 +266,7 @@ def run(args):
         raise data.DataError(f'--run_dir {run_dir}: cannot be made ({error.strerror}); name another folder') from None
     gradients = monitor.Gradients(network)
     outputs = monitor.Outputs(len(alphabet), monitor.letter_entropy([data.encode(u.text, alphabet) for u in train]))
-    progress, train_seconds, best = Progress(args.epochs, updates), 0.0, None
+    progress, train_seconds, best, kept = monitor.Progress(args.epochs, updates), 0.0, None, run_dir / 'last.pt'
     for epoch in range(1, args.epochs + 1):
         start = time.time()
         learning_rate = schedule.get_last_lr()[0]
@@ -240,35 +274,48 @@ def run(args):
         train_loss = train_epoch(network, itertools.islice(batches, updates), optimizer, schedule, args,
                                  gradients, outputs, progress)
         train_seconds += time.time() - start
-        valid_loss, rates, sentences = evaluate(network, valid_speech, args)
-        record = {'epoch': epoch, 'train_loss': train_loss, 'valid_loss': valid_loss,
-                  'train_way': monitor.way(train_loss, lines), 'valid_way': monitor.way(valid_loss, valid_lines),
-                  'wer': rates['wer'], 'cer': rates['cer'], 'learning_rate': learning_rate,
-                  'train_seconds': train_seconds, **gradients.report(), **outputs.report()}
+        record = {'epoch': epoch, 'train_loss': train_loss, 'train_way': monitor.way(train_loss, lines),
+                  'learning_rate': learning_rate, 'train_seconds': train_seconds,
+                  **gradients.report(), **outputs.report()}
+        rates, sentence = None, None
+        if valid:
+            valid_loss, rates, sentences = evaluate(network, data.Speech(valid, alphabet), args)
+            record |= {'valid_loss': valid_loss, 'valid_way': monitor.way(valid_loss, valid_lines),
+                       'wer': rates['wer'], 'cer': rates['cer']}
+            sentence = sentences[epoch % len(sentences)]
         record['warnings'] = monitor.diagnose(record)
         with open(run_dir / 'log.jsonl', 'a') as log:
             print(json.dumps(record), file=log)
         torch.save({'config': asdict(config), 'alphabet': alphabet, 'model': network.state_dict(),
-                    'run': {'epoch': epoch, 'valid': rates}}, run_dir / 'last.pt')
-        if best is None or (rates['wer'], rates['cer']) < (best['wer'], best['cer']):
-            best = rates
-            shutil.copy(run_dir / 'last.pt', run_dir / 'best.pt')
-        if sys.stderr.isatty():
-            print(end='\r' + CLEAR, file=sys.stderr)
-        report(record, sentences[epoch % len(sentences)])
+                    'run': {'epoch': epoch, 'valid': rates, 'test': None, 'hours': hours, 'utterances': len(train),
+                            'train_data': args.train_data or 'the built-in corpus'}}, run_dir / 'last.pt')
+        if valid and (best is None or (rates['wer'], rates['cer']) < (best['wer'], best['cer'])):
+            best, kept = rates, run_dir / 'best.pt'
+            shutil.copy(run_dir / 'last.pt', kept)
+        monitor.report(record, sentence)
+        if args.overfit and rates['cer'] == 0:
+            break
 
-    results = {'valid': best, 'test': None, 'updates': updates * args.epochs, 'train_seconds': train_seconds,
+    results = {'valid': best, 'test': None, 'updates': updates * epoch, 'train_seconds': train_seconds,
                'parameters': parameters, 'seed': args.seed}
-    (run_dir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
     if test:
-        network.load_state_dict(torch.load(run_dir / 'best.pt', weights_only=True)['model'])
-        results['test'] = evaluate(network, data.Speech(test, alphabet), args)[1]
-        (run_dir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+        checkpoint = torch.load(kept, weights_only=True)
+        network.load_state_dict(checkpoint['model'])
+        results['test'] = checkpoint['run']['test'] = evaluate(network, data.Speech(test, alphabet), args)[1]
+        torch.save(checkpoint, kept)
+    (run_dir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
     for part in ('valid', 'test'):
         if results[part]:
             print('{}: WER {wer:.2f} % ({substitutions} S, {insertions} I, {deletions} D in {words} words of '
                   '{utterances} utterances), CER {cer:.2f} %'.format(part, **results[part]))
-    print(f'results in {run_dir}')
+    if args.overfit and best['cer']:
+        raise data.DataError(f'NOT LEARNT: {len(valid)} utterances, {updates * epoch} updates, CER {best["cer"]:.1f} %. '
+                             'Read the warnings above; are audio and text of the same utterance?')
+    if args.overfit:
+        print(f'learnt: {len(valid)} utterances by heart after {updates * epoch} updates; data, loss and network agree')
+    clip = (test or valid or train)[0]
+    soundfile.write(run_dir / 'clip.wav', data.load_audio(clip.path).numpy(), data.SAMPLE_RATE)
+    print(f'results in {run_dir}; transcribe a clip ("{clip.text}"):\n\n    {sys.orig_argv[0]} model.py {kept} {run_dir}/clip.wav\n')
     return results
 
 
