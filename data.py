@@ -8,14 +8,12 @@
     log-mels     (T, 80)         T = ceil(S / 160): 100 frames a second, normalised over the clip
     batch        (B, 1, T, 80)   with lengths (B,), targets (B, L) and their lengths (B,)
 
-References: Slaney 1998, Auditory Toolbox (mel scale); Park et al. 2019 and 2020, SpecAugment; Ko et al. 2015 (speed
-perturbation); Graves et al. 2006 (what CTC can align).
+References: Slaney 1998 (mel scale); Park et al. 2019, 2020 (SpecAugment); Ko et al. 2015 (speed perturbation).
 """
 import argparse
 import csv
 import json
 import math
-import random
 import re
 import sys
 import tempfile
@@ -23,7 +21,6 @@ import unicodedata
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +29,10 @@ import torch
 import torch.nn.functional as F
 
 SAMPLE_RATE = 16000
-WINDOW = 400     # 25 ms
-HOP = 160        # 10 ms
-N_FFT = 512      # bins of 31.25 Hz
+WINDOW, HOP = 400, 160  # 25 and 10 ms
+N_FFT = 512  # bins of 31.25 Hz
 N_MELS = 80
-LOG_FLOOR = 1e-6     # power: a sine 60 dB under full scale gives about 1e-2, the rounding of 16 bits below 1e-7
+LOG_FLOOR = 1e-6  # power: a sine 60 dB under full scale gives about 1e-2, the rounding of 16 bits below 1e-7
 SPEEDS = range(90, 111)  # per cent; speed perturbation draws one for each utterance and epoch
 
 
@@ -73,7 +69,7 @@ def resample(wave, rate, new_rate):
 
 
 def read_audio(path):
-    """Any file that libsndfile reads -> (S,) float32, mono (the channels' mean), and its rate. Raises DataError."""
+    """Any file that libsndfile reads -> (S,) float32, the channels' mean, and its rate. Raises DataError."""
     try:
         wave, rate = soundfile.read(path, dtype='float32', always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
@@ -81,10 +77,6 @@ def read_audio(path):
     if not len(wave) or not np.abs(wave).max() < 1e6:
         raise DataError(f'{path}: holds no samples, or some that are not finite or out of all bounds; remove it')
     return torch.from_numpy(wave.mean(1)), rate
-
-
-def load_audio(path):
-    return resample(*read_audio(path), SAMPLE_RATE)  # (S,) at 16 kHz
 
 
 def mel_filters():
@@ -121,8 +113,7 @@ def normalise(mels):
 def spec_augment(mels, rng):
     """After Park et al. 2019 and, for masks that grow with the clip, 2020: two masks of up to 15 mel bands, one of up
     to 250 ms (a quarter of the clip at most) for each second. In place; 0 is each band's mean."""
-    frames = len(mels)
-    for axis, count, widest in (1, 2, 15), (0, math.ceil(frames / 100), min(25, frames // 4)):
+    for axis, count, widest in (1, 2, 15), (0, math.ceil(len(mels) / 100), min(25, len(mels) // 4)):
         for _ in range(count):
             width = int(rng.integers(widest + 1))
             mels.narrow(axis, int(rng.integers(mels.shape[axis] - width + 1)), width).zero_()
@@ -153,7 +144,7 @@ def decode(symbols, alphabet):
 
 def frames_needed(symbols):
     """CTC needs a frame for each label and a blank between equal neighbours (Graves et al. 2006, section 3.1)."""
-    return len(symbols) + sum(a == b for a, b in pairwise(symbols))
+    return len(symbols) + sum(a == b for a, b in zip(symbols, symbols[1:]))
 
 
 # ---- corpora on disk ----------------------------------------------------------------------------------------------
@@ -166,10 +157,10 @@ SUFFIXES = ('.flac', '.wav', '.sph', '.mp3', '.ogg', '.opus')
 def corpus_rows(path, split):
     """What a corpus lists -> (where, row) for each utterance: a dict with one of each of KEYS, or a line of JSON."""
     def lines(file):
-        text = file.read_text(encoding='utf-8-sig').split('\n')
-        return [(f'{file}:{number}', line.strip()) for number, line in enumerate(text, 1) if line.strip()]
+        text = enumerate(file.read_text(encoding='utf-8-sig').split('\n'), 1)
+        return [(f'{file}:{number}', line.strip()) for number, line in text if line.strip()]
 
-    def find(file):  # whatever its suffix
+    def find(file):  # with whatever suffix
         return str(next((f for s in SUFFIXES if (f := Path(f'{file}{s}')).is_file()), file).absolute())
 
     trees = sorted(path.rglob('*.trans.txt')) if path.is_dir() else []
@@ -181,8 +172,7 @@ def corpus_rows(path, split):
         etc = sorted(path.glob('etc/*.transcription'))
         chosen = etc if len(etc) == 1 else [p for p in etc if split in p.name]
         if len(chosen) != 1:
-            raise DataError(f'{path}: this folder holds neither *.trans.txt nor one etc/*{split}*.transcription; name '
-                            'a manifest (.jsonl, .csv, .tsv)')
+            raise DataError(f'{path}: a folder needs *.trans.txt or one etc/*{split}*.transcription; or name a file')
         path = chosen[0]
     if path.suffix == '.transcription':  # CMU Sphinx: <s> GO </s> (an251-fash-b)
         files = {Path(name).name: name for name in path.with_suffix('.fileids').read_text().split()}
@@ -201,10 +191,9 @@ def corpus_rows(path, split):
 
 
 def read_corpus(path, split='train'):
-    """A corpus, recognised by its path: JSON lines (NeMo), CSV or TSV with a header (Common Voice and others), a
-    LibriSpeech tree, CMU Sphinx's folder or one of its etc/*.transcription (split chooses among several) -> Utterances
-    sorted by file name, and what is wrong with the others {where: line}. Relative paths begin at the manifest, or in
-    clips/ beside it. Raises DataError where nothing can be read."""
+    """A corpus, recognised by its path: JSON lines (NeMo), CSV or TSV with a header (Common Voice), LibriSpeech tree,
+    CMU Sphinx folder or its etc/*.transcription (split chooses) -> Utterances sorted by file name, and what is wrong
+    with others {where: line}. Files lie beside the manifest or in clips/. DataError where none can be read."""
     path, utterances, faults = Path(path), [], {}
     try:
         for where, row in corpus_rows(path, split):
@@ -220,9 +209,8 @@ def read_corpus(path, split='train'):
                 audio, text = path.parent / value['audio'], normalise_text(value['text'])
                 text.encode()  # half of a surrogate pair is a ValueError
                 clip = path.parent / 'clips' / value['audio']  # Common Voice
-                if not audio.is_file() and not clip.is_file():
-                    raise DataError(f'{audio} is no file')
-                audio = audio if audio.is_file() else clip
+                if not audio.is_file() and not (audio := clip).is_file():
+                    raise DataError(f'{path.parent / value["audio"]} is no file')
                 duration = float(value['duration'] or soundfile.info(audio).duration)
                 if not 0 < duration < 3600:
                     raise DataError(f'{audio}: its duration is {duration} s; it needs more than 0, less than an hour')
@@ -243,23 +231,19 @@ def hold_out(utterances, seed=0):
     speakers = {u.speaker for u in utterances}
     known = len(speakers) >= 10 and '' not in speakers
     groups = [u.speaker if known else u.where for u in utterances]
-    kept = set(random.Random(seed).sample(sorted(set(groups)), math.ceil(len(set(groups)) / 10)))
+    kept = set(np.random.default_rng(seed).permutation(sorted(set(groups)))[:math.ceil(len(set(groups)) / 10)].tolist())
     train, valid = ([u for u, group in zip(utterances, groups) if (group in kept) == out] for out in (False, True))
     if not train:
         raise DataError(f'{utterances[0].where}: a single utterance; give --valid_data')
-    choice = f'all of speakers {", ".join(sorted(kept))}' if known else 'at random, fewer than ten speakers being known'
+    choice = f'all of {", ".join(sorted(kept))}' if known else 'at random: fewer than ten speakers are known'
     return train, valid, f'held out for validation: {len(valid)} of {len(utterances)} utterances, {choice}'
 
 
 def load(u):
     """An utterance's wave (S,) and rate. Raises DataError, also where the duration is not what its corpus says."""
-    try:
-        wave, rate = read_audio(u.path)
-    except DataError as error:
-        raise DataError(f'{u.where}: {error}') from None
+    wave, rate = read_audio(u.path)
     if abs(len(wave) / rate - u.duration) > max(0.1, 0.1 * u.duration):
-        raise DataError(f'{u.where}: {u.path} lasts {len(wave) / rate:.2f} s, not {u.duration:.2f} as its duration '
-                        'says; mend that, or leave it out')
+        raise DataError(f'{u.path} lasts {len(wave) / rate:.2f} s, not {u.duration:.2f} as its duration says')
     return wave, rate
 
 
@@ -269,9 +253,9 @@ def unlearnable(utterances, alphabet, mel_frames):
 
 
 def gather(train, valid=None, test=None, seed=0, frames_per_output=4, listen=load, most=math.inf):
-    """Paths of corpora (valid: None holds some of training out, 'none' is no validation) -> a list of Utterances for
-    each, what was held out, and a line for each broken one that was left out {where: line}. listen is called on every
-    one of up to `most` utterances, and raises DataError for a broken one."""
+    """Paths of corpora (valid: None holds out from training, 'none' is none) -> a list of Utterances for each, what was
+    held out, and a line for each broken one that was left out {where: line}. If there are at most `most`, listen is
+    called on every one; it raises DataError for a broken one."""
     sides, faults, choice = [], {}, ''
     for path, split in (train, 'train'), (valid, 'valid'), (test, 'test'):
         utterances, more = read_corpus(path, split) if path not in (None, 'none') else ([], {})
@@ -282,7 +266,7 @@ def gather(train, valid=None, test=None, seed=0, frames_per_output=4, listen=loa
         try:
             listen(u)
         except DataError as error:
-            faults[u.where] = str(error)
+            faults[u.where] = f'{u.where}: {error}'
     for u in unlearnable(sides[0], make_alphabet(sides[0]), frames_per_output):
         faults.setdefault(u.where, f'{u.where}: {u.path} has fewer outputs than labels and repeats; mend or remove it, '
                           'or lower --frames_per_output')
@@ -291,29 +275,24 @@ def gather(train, valid=None, test=None, seed=0, frames_per_output=4, listen=loa
 
 # ---- the built-in corpus: a source and a filter (Fant 1960), by rule (Klatt 1980) -----------------------------------
 
-WORDS = dict(entry.split(': ') for entry in (
+WORDS = dict(re.findall(r'(\w+): ([\w ]+)', (
     'zero: z ih r ao uh, one: w ah n, two: t uw, three: th r iy, four: f ao r, five: f aa ih v, six: s ih k s, '
     'seven: s eh v ah n, eight: eh iy t, nine: n aa ih n, ten: t eh n, yes: y eh s, no: n ao uh, go: g ao uh, '
-    'stop: s t aa p, start: s t aa r t, left: l eh f t, right: r aa ih t, up: ah p, down: d aa uh n').split(', '))
-# Formants in Hz: vowels of Peterson & Barney 1952, table II (men); consonants of Klatt 1980, table III, with his nasal
-# formant as n's first. Levels in dB, a vowel is 0: voice and breath pass through the formants, hiss is noise around a
-# centre in kHz, so many octaves wide. Levels and durations (ms) were set by ear and spectrogram.
-PHONES = {name: np.array(row, float) for name, *row in map(str.split, '''
-    iy 270 2290 3010    0 -99 -99   4   1 110  |  n  270 1340 2470  -10 -99 -99   4   1  90
-    ih 390 1990 2550    0 -99 -99   4   1  80  |  f  340 1100 2080  -99 -40 -28   6   2  95
-    eh 530 1840 2480    0 -99 -99   4   1 100  |  v  220 1100 2080  -10 -30 -32   6   2  55
-    ah 640 1190 2390    0 -99 -99   4   1  90  |  th 320 1290 2540  -99 -40 -30   6 1.5  90
-    aa 730 1090 2440    0 -99 -99   4   1 110  |  s  320 1390 2530  -99 -40 -16   6 0.5 105
-    ao 570  840 2410    0 -99 -99   4   1 110  |  z  240 1390 2530  -10 -40 -20   6 0.5  75
-    uh 440 1020 2240    0 -99 -99   4   1  80  |  p  400 1100 2150  -99 -30 -28   1   2  30
-    uw 300  870 2240    0 -99 -99   4   1 140  |  t  400 1600 2600  -99 -26 -19 4.5 0.7  35
-    w  290  610 2150   -4 -99 -99   4   1  60  |  k  300 1990 2850  -99 -26 -19   2 0.4  35
-    y  260 2070 3020   -4 -99 -99   4   1  60  |  d  200 1600 2600   -8 -35 -22   4 0.7  20
-    r  310 1060 1380   -4 -99 -99   4   1  65  |  g  200 1990 2850   -8 -35 -24   2 0.4  25
-    l  310 1050 2880   -4 -99 -99   4   1  65'''.replace('\n', '|').split('|')[1:])}
-STOPS = 'ptkdg'  # begin with a closure
-STEP = 64        # samples, 4 ms: how often the filter moves
-SPLITS = {'train': (0, 60, 300), 'valid': (60, 8, 60), 'test': (68, 12, 120)}  # first speaker, speakers, utterances
+    'stop: s t aa p, start: s t aa r t, left: l eh f t, right: r aa ih t, up: ah p, down: d aa uh n')))
+# Formants in Hz (Peterson & Barney 1952, table II, men; consonants Klatt 1980, table III, n's first his nasal formant);
+# levels of voice and hiss in dB, the hiss's centre in kHz and width in octaves, and duration in ms (these are our own,
+# by spectrogram and by what a recogniser of real speech made of them).
+PHONES = {name: np.array(row, float) for name, *row in map(str.split, re.split(r'[\n|]', '''\
+    iy 270 2290 3010   0 -99   4   1 110 | w  290  610 2150  -4 -99   4   1  60 | s  320 1390 2530 -99 -16   6 0.5 105
+    ih 390 1990 2550   0 -99   4   1  80 | y  260 2070 3020  -4 -99   4   1  60 | z  240 1390 2530 -10 -20   6 0.5  75
+    eh 530 1840 2480   0 -99   4   1 100 | r  310 1060 1380  -4 -99   4   1  65 | p  400 1100 2150 -99 -28   1   2  30
+    ah 640 1190 2390   0 -99   4   1  90 | l  310 1050 2880  -4 -99   4   1  65 | t  400 1600 2600 -99 -19 4.5 0.7  35
+    aa 730 1090 2440   0 -99   4   1 110 | n  270 1340 2470 -10 -99   4   1  90 | k  300 1990 2850 -99 -19   2 0.4  35
+    ao 570  840 2410   0 -99   4   1 110 | f  340 1100 2080 -99 -28   6   2  95 | d  200 1600 2600  -8 -22   4 0.7  20
+    uh 440 1020 2240   0 -99   4   1  80 | v  220 1100 2080 -10 -32   6   2  55 | g  200 1990 2850  -8 -24   2 0.4  25
+    uw 300  870 2240   0 -99   4   1 140 | th 320 1290 2540 -99 -30   6 1.5  90'''))}
+STEP = 64  # samples, 4 ms: how often the filter moves
+SPLITS = {'train': (0, 240, 480), 'valid': (240, 12, 60), 'test': (252, 24, 120)}  # first speaker, speakers, clips
 
 
 def synthesise(text, speaker=0, seed=0):
@@ -323,29 +302,29 @@ def synthesise(text, speaker=0, seed=0):
     if not words or set(words) - set(WORDS) or speaker < 0:
         raise DataError(f'{text!r}: the synthesiser says {", ".join(WORDS)}, in the voices of speakers from 0 up')
     voice = np.random.default_rng([seed, speaker])
-    # Formants and pitch rise as the vocal tract shortens; speaking rate; breath in dB; corner of the source's slope, Hz.
+    # A shorter tract has higher formants and pitch; breath is in dB, the corner of the source's slope in Hz.
     tract, rate, breath, corner = voice.uniform([0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500])
     pitch, accent = 140 * tract ** 3 * voice.uniform(0.8, 1.25), dict(zip(PHONES, voice.normal(1, 0.03, (99, 3))))
     rng = np.random.default_rng([seed, speaker, zlib.crc32(text.encode())])
     rows, steps, spans = [], [], []
 
-    def add(row, ms, quieter=0):  # quieter: dB, for voice, breath and hiss
-        rows.append(row - np.r_[0, 0, 0, np.broadcast_to(quieter, 3), 0, 0, 0])
+    def add(row, ms, quieter=(0, 0)):  # dB, for voice and hiss
+        rows.append(row - np.r_[0, 0, 0, quieter, 0, 0, 0])
         steps.append(max(1, round(ms * SAMPLE_RATE / 1000 / STEP)))
 
     for i, word in enumerate(words, 1):
         first = len(steps)
         for phone in WORDS[word].split():
-            row = PHONES[phone] * np.r_[accent[phone] * tract, 1, 1, 1, tract, 1, 1]
-            if phone in STOPS:
-                add(row, 55 / rate * rng.uniform(0.8, 1.2), (17, 200, 200))
-            add(row, row[8] / rate * rng.uniform(0.8, 1.2))
+            row = PHONES[phone] * np.r_[accent[phone] * tract, 1, 1, tract, 1, 1]
+            if phone in 'ptkdg':  # a stop begins with a closure
+                add(row, 55 / rate * rng.uniform(0.8, 1.2), (17, 200))
+            add(row, row[7] / rate * rng.uniform(0.8, 1.2))
         spans.append((word, first, len(steps)))
         if rng.random() < 0.6 or i == len(words):  # the voice dies away, then a gap
-            for quieter in 10, 20, 30:
-                add(row, 40 if row[3] > -50 else 1, quieter)
-            add(row, rng.uniform(30, 300), 200)
-    rows, steps = [rows[0] - np.r_[0, 0, 0, 200, 200, 200, 0, 0, 0], *rows], [rng.integers(40, 100), *steps]  # silence
+            for fade in 10, 20, 30:
+                add(row, 40 if row[3] > -50 else 1, (fade, fade))
+            add(row, rng.uniform(30, 300), (200, 200))
+    rows, steps = [rows[0] - np.r_[0, 0, 0, 200, 200, 0, 0, 0], *rows], [rng.integers(40, 100), *steps]  # silence first
     ends = np.cumsum(steps) * STEP / SAMPLE_RATE
     spans = [(word, float(ends[a]), float(ends[b])) for word, a, b in spans]
 
@@ -355,17 +334,16 @@ def synthesise(text, speaker=0, seed=0):
 
     # Coarticulation: formants glide for 50 ms from phone to phone, voicing sets in over 56 ms, noise within 16.
     track, n = np.repeat(rows, steps, axis=0).T, sum(steps)
-    track[3:6] = 10 ** (track[3:6] / 20)
-    f1, f2, f3, voiced, breathed, hissed = map(smooth, track, (13, 13, 13, 14, 4, 4))
+    track[3:5] = 10 ** (track[3:5] / 20)
+    f1, f2, f3, voiced, hissed = map(smooth, track, (13, 13, 13, 14, 4))
     # The source: a pulse train, all harmonics of a pitch that falls and wavers, and noise.
-    knots = pitch * np.linspace(1.1, 0.85, 2 + n // 40) * rng.normal(1, 0.07, 2 + n // 40)
+    knots = pitch * np.linspace(1.1, 0.85, 2 + n // 40) * rng.normal(1, 0.07, 2 + n // 40)  # every 160 ms
     pitch = np.interp(np.linspace(0, 1, (n - 1) * STEP), np.linspace(0, 1, len(knots)), knots)
     half, harmonics = np.pi * np.cumsum(pitch) / SAMPLE_RATE, int(SAMPLE_RATE / 2 / pitch.max())
     pulses = (np.sin((2 * harmonics + 1) * half) / np.sin(half) - 1) / math.sqrt(2 * harmonics)  # a sum of cosines
     frames = {'n_fft': 512, 'hop_length': STEP, 'win_length': 256, 'window': torch.hann_window(256)}
     pulses, noise = (torch.stft(torch.tensor(x, dtype=torch.float32), **frames, return_complex=True)  # (257, n)
                      for x in (pulses, rng.standard_normal(len(pulses))))
-
     # The filter: a resonance for each formant, the fourth and above fixed; every response has unit power.
     def unit(response):
         return response / response.abs().square().mean(0).sqrt()
@@ -373,13 +351,12 @@ def synthesise(text, speaker=0, seed=0):
     hertz, tube = torch.linspace(0, SAMPLE_RATE / 2, 257)[:, None], torch.ones(257, 1)
     for f in *(tract * torch.arange(3500, 8000, 1000)), f1, f2, f3:
         tube = tube * (1 - (hertz / f) ** 2 + 1j * hertz * ((50 + f / 20) / f ** 2))  # 50 Hz and 5 % wide
-    centres, octaves = torch.tensor(np.array(rows)[:, 6:8].T, dtype=torch.float32)
+    centres, octaves = torch.tensor(np.array(rows)[:, 5:7].T, dtype=torch.float32)
     hiss = unit((-((hertz.clamp(50) / 1000 / centres).log2() / octaves) ** 2 / 2).exp())
     room = unit(1 / (1 + hertz / 300)) * 10 ** (-rng.uniform(10, 35) / 20)  # its noise, 10 to 35 dB below a vowel
-    spectrum = (unit(1 / tube / (1 + hertz / corner)) * voiced * pulses + noise * (
-        unit(1 / tube) * (breathed + voiced * 10 ** (breath / 20)) + room
-        + hiss.repeat_interleave(torch.tensor(steps), 1) * hissed))
-    wave = torch.istft(spectrum, **frames)
+    wave = torch.istft(unit(1 / tube / (1 + hertz / corner)) * voiced * pulses + noise * (
+        unit(1 / tube) * (0.3 * hissed + voiced * 10 ** (breath / 20)) + room  # some hiss passes through the tube too
+        + hiss.repeat_interleave(torch.tensor(steps), 1) * hissed), **frames)
     return (wave * (rng.uniform(0.2, 0.9) / wave.abs().max())).numpy(), spans
 
 
@@ -415,9 +392,6 @@ class Speech(torch.utils.data.Dataset):
         self.utterances, self.alphabet, self.frames_per_output = utterances, alphabet, frames_per_output
         self.seed, self.spec_augment, self.speed_perturb = seed, spec_augment, speed_perturb
 
-    def __len__(self):
-        return len(self.utterances)
-
     def __getitem__(self, item):
         epoch, index = item
         u = self.utterances[index]
@@ -451,26 +425,20 @@ def main(argv=None):
         if args.say is not None:
             wave, spans = synthesise(normalise_text(args.say), args.speaker)
             soundfile.write(args.path, wave, SAMPLE_RATE)
-            for word, start, end in spans:
-                print(f'{start:6.2f} {end:6.2f}  {word}')
+            print(*(f'{start:6.2f} {end:6.2f}  {word}' for word, start, end in spans), sep='\n')
         elif Path(args.path).suffix.lower() in SUFFIXES:
             print(f'{args.path}:', *monitor.remarks(*read_audio(args.path)))
         else:
             found = defaultdict(list)
-
-            def listen(u):
-                for remark in monitor.remarks(*load(u)):
-                    found[remark].append(u.path.name)
-
-            (train, valid, _), choice, faults = gather(args.path, args.valid_data, listen=listen)
-            for remark, names in sorted(found.items()):
-                print(f'! {len(names)} files {remark}:', *names)
+            (train, valid, _), choice, faults = gather(args.path, args.valid_data, listen=lambda u: [
+                found[remark].append(u.path.name) for remark in monitor.remarks(*load(u))])
             alphabet = make_alphabet(train)
             if train:
                 monitor.describe(train, valid, [encode(u.text, alphabet) for u in train], alphabet,
                                  torch.tensor([math.ceil(u.frames / 4) for u in train]))
-            for when, frames in ('one output every 40 ms', 4), ('80 ms, before upsampling, with all --blocks', 8):
-                print(f'too short   for CTC at {when}:', *(u.path.name for u in unlearnable(train, alphabet, frames)))
+            found['too short for CTC before upsampling'] = [u.path.name for u in unlearnable(train, alphabet, 8)]
+            for remark, names in found.items():
+                print(f'{len(names)} files {remark}:', *names)
             print(choice)
             if faults:
                 sys.exit('\n'.join([*faults.values(), f'data.py: {len(faults)} faults would end a training']))

@@ -351,7 +351,7 @@ def main(argv=None):
     seconds, failed = network.config.frames_per_output * data.HOP / data.SAMPLE_RATE, False
     for clip in args.clips:
         try:
-            mels = data.normalise(data.log_mels(data.load_audio(clip)))
+            mels = data.normalise(data.log_mels(data.resample(*data.read_audio(clip), data.SAMPLE_RATE)))
         except data.DataError as error:
             print(f'model.py: {error}', file=sys.stderr)
             failed = True

@@ -257,7 +257,7 @@ def describe(train, valid, targets, alphabet, outputs):
     quantiles = lengths.quantile(torch.tensor([0, 0.1, 0.5, 0.9, 1])).tolist()
     speakers = len({u.speaker for u in train} - {''}) or 'unknown'
     print(f'training    {len(train)} utterances, {lengths.sum() / 3600:.2f} hours, speakers: {speakers}')
-    print('seconds     shortest {:.1f}, tenth {:.1f}, median {:.1f}, nine tenths {:.1f}, longest {:.1f}'.format(*quantiles))
+    print('seconds     0 %: {:.1f}, 10 %: {:.1f}, 50 %: {:.1f}, 90 %: {:.1f}, 100 %: {:.1f}'.format(*quantiles))
     print(f'alphabet    {len(alphabet) - 1} characters:', *map(repr, alphabet[1:]))
     print('rare        ', ', '.join(f'{c!r} {n} times' for c, n in sorted(counts.items()) if n < 10) or 'none')
     print(f'labels      {sum(map(len, targets)) / lengths.sum():.1f} a second')

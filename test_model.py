@@ -367,7 +367,7 @@ def test_resampling_keeps_the_band_and_drops_the_rest(rate, tmp_path):
     if rate > 20000:
         stereo += 0.5 * np.sin(2 * np.pi * 9000 * t)[:, None]
     soundfile.write(tmp_path / 'tone.flac', stereo, rate, subtype='PCM_24')
-    wave = data.load_audio(tmp_path / 'tone.flac').numpy()
+    wave = data.resample(*data.read_audio(tmp_path / 'tone.flac'), data.SAMPLE_RATE).numpy()
     assert len(wave) == 16000
     expected = 0.4 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000)
     assert np.abs(wave - expected)[500:-500].max() < 2e-3
@@ -644,16 +644,17 @@ def test_test_data_is_scored_with_the_best_checkpoint(corpus, tmp_path):
 def test_the_synthesiser_repeats_itself_and_knows_its_words():
     wave, spans = data.synthesise('seven two nine', 3)
     assert np.array_equal(wave, data.synthesise('seven two nine', 3)[0])
-    assert len(wave) != len(data.synthesise('seven two nine', 4)[0]) and 0.1 < np.abs(wave).max() <= 0.9
+    assert len(wave) != len(data.synthesise('seven two nine', 4)[0]) and 0.1 < abs(wave).max() <= 0.9
     assert [word for word, _, _ in spans] == ['seven', 'two', 'nine']
     edges = [t for _, start, end in spans for t in (start, end)]
-    assert edges == sorted(edges) and 0.1 < edges[0] and edges[-1] < len(wave) / 16000
+    assert edges == sorted(edges)
+    assert edges[0] > 0.1 and edges[-1] < len(wave) / 16000
     with pytest.raises(data.DataError, match='synthesiser says'):
         data.synthesise('seven elephants')
 
 
 def test_vowels_have_the_formants_of_the_table():
-    """The strongest bands of a long 'iy' and 'aa', by an FFT of the wave: Peterson & Barney, times the tract's scale."""
+    """The strongest bands of a long 'iy' and 'aa', by an FFT: Peterson & Barney's, times the tract's scale."""
     voice = np.random.default_rng([0, 1])
     tract = voice.uniform([0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500])[0]
     for word, phone in ('three', 'iy'), ('start', 'aa'):
@@ -689,7 +690,7 @@ def test_a_template_matcher_fails_on_the_built_in_corpus():
             cut += [(word, mels[int(100 * start):int(100 * end)][::2]) for word, start, end in spans]
         return cut
 
-    templates, spoken = words(range(3), 20), words(range(60, 68), 6)
+    templates, spoken = words(range(3), 20), words(range(240, 248), 6)
     wrong = sum(min(templates, key=lambda t: dtw(t[1], mels))[0] != word for word, mels in spoken)
     print(f'template matcher: {100 * wrong / len(spoken):.0f} % of {len(spoken)} words wrong')
     assert wrong / len(spoken) >= 0.2
@@ -707,7 +708,7 @@ def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
     test = data.read_corpus('corpus/test.jsonl')[0]
     rates = train.evaluate(untrained, data.Speech(test, alphabet), train.parse_flags([]))[1]
     errors, rng = [], np.random.default_rng(0)
-    for speaker in range(200, 250):
+    for speaker in range(300, 350):
         wave, spans = data.synthesise(' '.join(rng.choice(list(data.WORDS), 5)), speaker)
         mels = data.normalise(data.log_mels(torch.tensor(wave)))
         log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
@@ -818,8 +819,8 @@ def test_inspection_names_what_ails(broken, corpus, capsys):
         assert name in stop.value.code
     assert stop.value.code.endswith('4 faults would end a training') and 'words are not in training' in out
     data.main([corpus[1], '--valid_data', corpus[3]])
-    uniform, constant = re.search(r'uniform output ([\d.]+), constant output ([\d.]+)', capsys.readouterr().out).groups()
-    assert float(uniform) > float(constant) > 1
+    lines = re.search(r'uniform output ([\d.]+), constant output ([\d.]+)', capsys.readouterr().out)
+    assert float(lines[1]) > float(lines[2]) > 1
 
 
 def test_bad_utterances_end_a_run_or_are_left_out(broken, corpus, tmp_path, capsys):
@@ -925,7 +926,7 @@ def test_an4_is_read_whole():
     assert len(fit) == 948 and ''.join(alphabet) == ' abcdefghijklmnopqrstuvwxyz'
     assert not data.unlearnable(fit, alphabet, 4) and len(data.unlearnable(fit, alphabet, 8)) > 40
     for u in fit[::100]:
-        assert math.ceil(len(data.load_audio(u.path)) / 160) == u.frames
+        assert math.ceil(len(data.resample(*data.read_audio(u.path), data.SAMPLE_RATE)) / 160) == u.frames
     lines = monitor.plateau_lines([data.encode(u.text, alphabet) for u in fit[:200]],
                                   torch.tensor([math.ceil(u.frames / 4) for u in fit[:200]]), len(alphabet))
     assert lines[0] > 8 and lines[1] == pytest.approx(2.9, abs=0.2)

@@ -108,7 +108,7 @@ def parse_flags(argv=None):
     add('--speed_perturb', default=True, help='play at 0.9 to 1.1 times the speed in training', **switch)
     add('--workers', type=count, default=0, help='processes that load audio; 0: the training process itself')
     add = parser.add_argument_group('optimisation').add_argument
-    add('--epochs', type=positive, default=20, help='passes over the training data')
+    add('--epochs', type=positive, default=12, help='passes over the training data')
     add('--batch_size', type=positive, default=8, help='utterances an update')
     add('--learning_rate', type=amount, default=3e-4, help='OneCycleLR climbs to ten times this')
     add('--weight_decay', type=amount, default=1e-5, help="AdamW's; 0: none")
@@ -242,7 +242,7 @@ def run(args):
         raise data.DataError(f'flags: {error}') from None
     unseen = {character for u in valid + test for character in u.text}.difference(alphabet)
     if unseen:
-        print('validation or test has characters that no training transcript has, so each is an error:', *map(repr, sorted(unseen)))
+        print('validation or test has characters that training lacks, so each is an error:', *map(repr, sorted(unseen)))
     coarse = data.unlearnable(train, alphabet, network.stride)
     if coarse:
         print(f"{len(coarse)} of {len(train)} utterances have fewer frames on the backbone's coarsest grid "
@@ -309,13 +309,15 @@ def run(args):
             print('{}: WER {wer:.2f} % ({substitutions} S, {insertions} I, {deletions} D in {words} words of '
                   '{utterances} utterances), CER {cer:.2f} %'.format(part, **results[part]))
     if args.overfit and best['cer']:
-        raise data.DataError(f'NOT LEARNT: {len(valid)} utterances, {updates * epoch} updates, CER {best["cer"]:.1f} %. '
-                             'Read the warnings above; are audio and text of the same utterance?')
+        raise data.DataError(f'NOT LEARNT: {len(valid)} utterances, {updates * epoch} updates, CER {best["cer"]:.1f}; '
+                             'read the warnings above. Are audio and text of the same utterance?')
     if args.overfit:
         print(f'learnt: {len(valid)} utterances by heart after {updates * epoch} updates; data, loss and network agree')
     clip = (test or valid or train)[0]
-    soundfile.write(run_dir / 'clip.wav', data.load_audio(clip.path).numpy(), data.SAMPLE_RATE)
-    print(f'results in {run_dir}; transcribe a clip ("{clip.text}"):\n\n    {sys.orig_argv[0]} model.py {kept} {run_dir}/clip.wav\n')
+    wave = data.resample(*data.read_audio(clip.path), data.SAMPLE_RATE).numpy()
+    soundfile.write(run_dir / 'clip.wav', wave, data.SAMPLE_RATE)
+    print(f'results in {run_dir}; to transcribe a clip ("{clip.text}"):\n'
+          f'    {sys.orig_argv[0]} model.py {kept} {run_dir / "clip.wav"}')
     return results
 
 
