@@ -167,13 +167,14 @@ def corpus_rows(path, split):
     for tree in trees:  # LibriSpeech: 84-121123-0001 GO DO YOU HEAR
         for where, line in lines(tree):
             name, _, text = line.partition(' ')
-            yield where, {'audio': find(tree.parent / name), 'text': text, 'speaker': name.split('-')[0]}
+            speaker = [name.split('-')[0], *tree.relative_to(path).parts[-3:-2]][-1]  # speaker/chapter/*.trans.txt
+            yield where, {'audio': find(tree.parent / name), 'text': text, 'speaker': speaker}
     if path.is_dir() and not trees:
-        etc = sorted(path.glob('etc/*.transcription'))
+        etc = list(path.glob('etc/*.transcription'))
         chosen = etc if len(etc) == 1 else [p for p in etc if split in p.name]
         if len(chosen) != 1:
             raise DataError(f'{path}: a folder needs *.trans.txt or one etc/*{split}*.transcription; or name a file')
-        path = chosen[0]
+        [path] = chosen
     if path.suffix == '.transcription':  # CMU Sphinx: <s> GO </s> (an251-fash-b)
         files = {Path(name).name: name for name in path.with_suffix('.fileids').read_text().split()}
         for where, line in lines(path):
@@ -181,9 +182,12 @@ def corpus_rows(path, split):
             file = path.parent.parent / 'wav' / files.get(name, f'{name}, which the .fileids lacks,')
             yield where, {'audio': find(file), 'text': text, 'speaker': file.parent.name}
     elif path.suffix in ('.csv', '.tsv'):
-        dialect = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if path.suffix == '.tsv' else {}
+        dialect = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if path.suffix == '.tsv' else {'strict': True}
         with open(path, encoding='utf-8-sig', newline='') as file:
             table = csv.DictReader(file, **dialect)
+            for key in 'audio', 'text':
+                if not set(KEYS[key]) & set(table.fieldnames or ()):
+                    raise DataError(f'{path}:1: no column of the header is named {" or ".join(KEYS[key])}')
             for row in table:
                 yield f'{path}:{table.line_num}', row
     elif not trees:
@@ -230,11 +234,9 @@ def hold_out(utterances, seed=0):
     """Keep a tenth for validation, by speaker where ten are known -> training, validation, the choice in words."""
     speakers = {u.speaker for u in utterances}
     known = len(speakers) >= 10 and '' not in speakers
-    groups = [u.speaker if known else u.where for u in utterances]
+    groups = [u.speaker if known else u.path.stem for u in utterances]
     kept = set(np.random.default_rng(seed).permutation(sorted(set(groups)))[:math.ceil(len(set(groups)) / 10)].tolist())
     train, valid = ([u for u, group in zip(utterances, groups) if (group in kept) == out] for out in (False, True))
-    if not train:
-        raise DataError(f'{utterances[0].where}: a single utterance; give --valid_data')
     choice = f'all of {", ".join(sorted(kept))}' if known else 'at random: fewer than ten speakers are known'
     return train, valid, f'held out for validation: {len(valid)} of {len(utterances)} utterances, {choice}'
 
@@ -292,7 +294,7 @@ PHONES = {name: np.array(row, float) for name, *row in map(str.split, re.split(r
     uh 440 1020 2240   0 -99   4   1  80 | v  220 1100 2080 -10 -32   6   2  55 | g  200 1990 2850  -8 -24   2 0.4  25
     uw 300  870 2240   0 -99   4   1 140 | th 320 1290 2540 -99 -30   6 1.5  90'''))}
 STEP = 64  # samples, 4 ms: how often the filter moves
-SPLITS = {'train': (0, 240, 480), 'valid': (240, 12, 60), 'test': (252, 24, 120)}  # first speaker, speakers, clips
+SPLITS = {'train': (0, 300, 600), 'valid': (300, 12, 60), 'test': (312, 24, 120)}  # first speaker, speakers, clips
 
 
 def synthesise(text, speaker=0, seed=0):
@@ -384,9 +386,8 @@ def builtin_corpus(folder='corpus'):
 # ---- utterances as the network takes them -------------------------------------------------------------------------
 
 class Speech(torch.utils.data.Dataset):
-    """Utterances as (log-mels (T, 80), target (L,), index). Items are asked for by (epoch, index): augmentation
-    depends on seed, epoch and the utterance alone, whichever worker makes it and whatever came before.
-    frames_per_output: for training, where an utterance without a CTC alignment is an error; 0: for evaluation."""
+    """Utterances as (log-mels (T, 80), target (L,), index), asked for by (epoch, index): augmentation depends on seed,
+    epoch and the utterance alone. frames_per_output: 0 lets utterances pass that CTC cannot align (evaluation)."""
 
     def __init__(self, utterances, alphabet, frames_per_output=0, seed=0, spec_augment=False, speed_perturb=False):
         self.utterances, self.alphabet, self.frames_per_output = utterances, alphabet, frames_per_output
@@ -411,8 +412,6 @@ class Speech(torch.utils.data.Dataset):
         return mels, torch.tensor(target), index
 
 
-# ---- python data.py -----------------------------------------------------------------------------------------------
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Inspect a corpus before training, or say a sentence.')
     parser.add_argument('path', help='corpus (see read_corpus) or audio file; with --say, the file to write')
@@ -427,7 +426,8 @@ def main(argv=None):
             soundfile.write(args.path, wave, SAMPLE_RATE)
             print(*(f'{start:6.2f} {end:6.2f}  {word}' for word, start, end in spans), sep='\n')
         elif Path(args.path).suffix.lower() in SUFFIXES:
-            print(f'{args.path}:', *monitor.remarks(*read_audio(args.path)))
+            wave, rate = read_audio(args.path)
+            print(f'{args.path}: {len(wave) / rate:.2f} s at {rate} Hz', *monitor.remarks(wave, rate), sep='\n')
         else:
             found = defaultdict(list)
             (train, valid, _), choice, faults = gather(args.path, args.valid_data, listen=lambda u: [
@@ -440,9 +440,9 @@ def main(argv=None):
             for remark, names in found.items():
                 print(f'{len(names)} files {remark}:', *names)
             print(choice)
-            if faults:
-                sys.exit('\n'.join([*faults.values(), f'data.py: {len(faults)} faults would end a training']))
-    except (DataError, soundfile.LibsndfileError, OSError, ValueError) as error:
+            if faults or not train:
+                raise DataError('\n'.join([f'{len(faults)} faults, {len(train)} utterances left', *faults.values()]))
+    except (DataError, soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
         sys.exit(f'data.py: {error}')
 
 

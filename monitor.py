@@ -253,7 +253,8 @@ def describe(train, valid, targets, alphabet, outputs):
     lengths = torch.tensor([u.duration for u in train])
     counts = Counter(''.join(u.text for u in train))
     unseen = {w for u in valid for w in u.text.split()} - {w for u in train for w in u.text.split()}
-    uniform, constant = plateau_lines(targets[:500], outputs[:500], len(alphabet))
+    some = slice(None, None, math.ceil(len(train) / 500))
+    uniform, constant = plateau_lines(targets[some], outputs[some], len(alphabet))
     quantiles = lengths.quantile(torch.tensor([0, 0.1, 0.5, 0.9, 1])).tolist()
     speakers = len({u.speaker for u in train} - {''}) or 'unknown'
     print(f'training    {len(train)} utterances, {lengths.sum() / 3600:.2f} hours, speakers: {speakers}')
@@ -269,12 +270,14 @@ def advice(log):
     """The records of a log.jsonl -> where it ended and how to go on, in words."""
     last = log[-1]
     if 'wer' in last:
-        best = min(log, key=lambda r: (r['wer'], r['cer']))
+        best = min(reversed(log), key=lambda r: (r['wer'], r['cer']))
         yield f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, CER {best['cer']:.2f} %"
     if last['dependence_share'] < IGNORED:
         yield 'how to go on: the plateau was never left. Can it learn ten utterances (train.py --overfit 10)?'
     elif last['nonfinite'] or last['clipped'] > 0.9 and last['train_way'] < 1.1:
         yield 'how to go on: updates are lost or cut; halve --learning_rate'
+    elif last.get('wer') == 0:
+        yield 'how to go on: nothing is left to learn from this validation set; take a harder one'
     elif 'wer' in last and last['valid_loss'] > 2 * last['train_loss']:
         yield ('how to go on: training is learnt better than validation; more data, --spec_augment, a higher --dropout'
                ' and more --epochs, in that order')

@@ -690,7 +690,7 @@ def test_a_template_matcher_fails_on_the_built_in_corpus():
             cut += [(word, mels[int(100 * start):int(100 * end)][::2]) for word, start, end in spans]
         return cut
 
-    templates, spoken = words(range(3), 20), words(range(240, 248), 6)
+    templates, spoken = words(range(3), 20), words(range(300, 308), 6)
     wrong = sum(min(templates, key=lambda t: dtw(t[1], mels))[0] != word for word, mels in spoken)
     print(f'template matcher: {100 * wrong / len(spoken):.0f} % of {len(spoken)} words wrong')
     assert wrong / len(spoken) >= 0.2
@@ -708,7 +708,7 @@ def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
     test = data.read_corpus('corpus/test.jsonl')[0]
     rates = train.evaluate(untrained, data.Speech(test, alphabet), train.parse_flags([]))[1]
     errors, rng = [], np.random.default_rng(0)
-    for speaker in range(300, 350):
+    for speaker in range(400, 450):
         wave, spans = data.synthesise(' '.join(rng.choice(list(data.WORDS), 5)), speaker)
         mels = data.normalise(data.log_mels(torch.tensor(wave)))
         log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
@@ -777,8 +777,7 @@ def test_every_form_of_corpus_gives_the_same_batches(tmp_path):
 
 @pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
 def test_an4_in_every_form_gives_the_same_batches(tmp_path):
-    some = data.read_corpus(Path(AN4) / 'dev.jsonl')[0] + data.read_corpus(Path(AN4) / 'test.jsonl')[0]
-    assert_same_batches(write_forms(some, tmp_path))
+    assert_same_batches(write_forms(data.read_corpus(Path(AN4) / 'dev.jsonl')[0], tmp_path))
 
 
 def test_whole_speakers_are_held_out():
@@ -817,7 +816,7 @@ def test_inspection_names_what_ails(broken, corpus, capsys):
         assert any(remark in line and name in line for line in out.splitlines())
     for name in 'short.wav', 'empty.wav', 'cut.flac', 'gone.wav':
         assert name in stop.value.code
-    assert stop.value.code.endswith('4 faults would end a training') and 'words are not in training' in out
+    assert '4 faults, 9 utterances' in stop.value.code and 'words are not in training' in out
     data.main([corpus[1], '--valid_data', corpus[3]])
     lines = re.search(r'uniform output ([\d.]+), constant output ([\d.]+)', capsys.readouterr().out)
     assert float(lines[1]) > float(lines[2]) > 1
@@ -927,8 +926,8 @@ def test_an4_is_read_whole():
     assert not data.unlearnable(fit, alphabet, 4) and len(data.unlearnable(fit, alphabet, 8)) > 40
     for u in fit[::100]:
         assert math.ceil(len(data.resample(*data.read_audio(u.path), data.SAMPLE_RATE)) / 160) == u.frames
-    lines = monitor.plateau_lines([data.encode(u.text, alphabet) for u in fit[:200]],
-                                  torch.tensor([math.ceil(u.frames / 4) for u in fit[:200]]), len(alphabet))
+    lines = monitor.plateau_lines([data.encode(u.text, alphabet) for u in fit[::5]],
+                                  torch.tensor([math.ceil(u.frames / 4) for u in fit[::5]]), len(alphabet))
     assert lines[0] > 8 and lines[1] == pytest.approx(2.9, abs=0.2)
 
 

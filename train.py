@@ -31,7 +31,7 @@ import monitor
 EVALUATION_BATCH = 16
 PAD_TO = 32  # frames; few different shapes are faster than exact ones
 LISTEN_TO = 5000  # utterances; of more, files are decoded before training only with --skip_bad
-OVERFIT_UPDATES = 25  # an epoch of --overfit
+OVERFIT_UPDATES = 25  # at least, in an epoch of --overfit
 
 
 # ---- batches ------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def parse_flags(argv=None):
     add('--speed_perturb', default=True, help='play at 0.9 to 1.1 times the speed in training', **switch)
     add('--workers', type=count, default=0, help='processes that load audio; 0: the training process itself')
     add = parser.add_argument_group('optimisation').add_argument
-    add('--epochs', type=positive, default=12, help='passes over the training data')
+    add('--epochs', type=positive, default=10, help='passes over the training data')
     add('--batch_size', type=positive, default=8, help='utterances an update')
     add('--learning_rate', type=amount, default=3e-4, help='OneCycleLR climbs to ten times this')
     add('--weight_decay', type=amount, default=1e-5, help="AdamW's; 0: none")
@@ -189,31 +189,30 @@ def evaluate(network, speech, args):
 
 def read_data(args, frames_per_output):
     """The corpora -> training, validation and test utterances. Raises DataError that lists all that is broken."""
-    paths = data.builtin_corpus() if args.train_data is None else {}
-    paths |= {split: path for split, path in (('train', args.train_data), ('valid', args.valid_data),
-                                              ('test', args.test_data)) if path is not None}
-    sides, choice, faults = data.gather(paths['train'], paths.get('valid'), paths.get('test'), args.seed,
-                                        frames_per_output, most=math.inf if args.skip_bad else LISTEN_TO)
+    given = {'train': args.train_data, 'valid': args.valid_data, 'test': args.test_data}
+    paths = {'valid': None, 'test': 'none'} | (data.builtin_corpus() if args.train_data is None else {}) | {
+        split: path for split, path in given.items() if path is not None}
+    if args.overfit:
+        paths |= {'valid': 'none', 'test': 'none'}
+    sides, choice, faults = data.gather(**paths, seed=args.seed, frames_per_output=frames_per_output,
+                                        most=math.inf if args.skip_bad else LISTEN_TO)
     if faults and not args.skip_bad:
         raise data.DataError('\n'.join([*faults.values(), f'{len(faults)} broken; --skip_bad trains without them']))
     if faults:
         print(*faults.values(), f'{len(faults)} broken utterances are left out', sep='\n')
-    for path, side in zip(paths.values(), sides):
-        if not side and path != 'none':
-            raise data.DataError(f'{path}: has no utterance that can be used')
+    for split, side in zip(given, sides):
+        if not side and paths[split] != 'none':
+            raise data.DataError(f'--{split}_data: no utterance of {paths[split] or paths["train"]} is left for it')
     print(choice, end='\n' if choice else '')
     train, valid, test = sides
     random.Random(args.seed).shuffle(train)
     train = train[:args.num_train_samples or None]
-    if args.overfit:
-        valid, test = train[:args.overfit], []
-        train = valid * math.ceil(OVERFIT_UPDATES * args.batch_size / len(valid))
-    return train, valid, test
+    return (train[:args.overfit], train[:args.overfit], []) if args.overfit else (train, valid, test)
 
 
 def plateau(utterances, alphabet, network):
-    """(uniform, constant) losses of these utterances, of the first 500 as far as CTC can align them."""
-    some = [u for u in utterances[:500] if data.encode(u.text, alphabet)
+    """(uniform, constant) losses of these utterances, of up to 500 of them as far as CTC can align them."""
+    some = [u for u in utterances[::math.ceil(len(utterances) / 500)] if data.encode(u.text, alphabet)
             and not data.unlearnable([u], alphabet, network.config.frames_per_output)]
     if not some:
         raise data.DataError(f'{utterances[0].where}: no utterance of this manifest both is spelled in the training '
@@ -250,8 +249,11 @@ def run(args):
     augment = not args.overfit
     train_speech = data.Speech(train, alphabet, config.frames_per_output, args.seed, augment and args.spec_augment,
                                augment and args.speed_perturb)
-    updates, hours = math.ceil(len(train) / args.batch_size), sum(u.duration for u in train) / 3600  # an epoch's
-    batches = iter(loader(train_speech, training_batches(train, args.batch_size, args.seed, args.epochs), args.workers))
+    updates, hours = math.ceil(len(train) / args.batch_size), sum(u.duration for u in train) / 3600
+    passes = math.ceil(OVERFIT_UPDATES / updates) if args.overfit else 1  # over the data, in an epoch
+    updates *= passes
+    batches = iter(loader(train_speech, training_batches(train, args.batch_size, args.seed, args.epochs * passes),
+                          args.workers))
     optimizer, schedule = make_optimizer(network, args, updates * args.epochs)
     lines = plateau(train, alphabet, network)
     valid_lines = plateau(valid, alphabet, network) if valid else None
@@ -266,7 +268,8 @@ def run(args):
         raise data.DataError(f'--run_dir {run_dir}: cannot be made ({error.strerror}); name another folder') from None
     gradients = monitor.Gradients(network)
     outputs = monitor.Outputs(len(alphabet), monitor.letter_entropy([data.encode(u.text, alphabet) for u in train]))
-    progress, train_seconds, best, kept = monitor.Progress(args.epochs, updates), 0.0, None, run_dir / 'last.pt'
+    kept, shown = run_dir / 'last.pt', []
+    progress, train_seconds, best = monitor.Progress(args.epochs, updates), 0.0, None
     for epoch in range(1, args.epochs + 1):
         start = time.time()
         learning_rate = schedule.get_last_lr()[0]
@@ -289,8 +292,8 @@ def run(args):
         torch.save({'config': asdict(config), 'alphabet': alphabet, 'model': network.state_dict(),
                     'run': {'epoch': epoch, 'valid': rates, 'test': None, 'hours': hours, 'utterances': len(train),
                             'train_data': args.train_data or 'the built-in corpus'}}, run_dir / 'last.pt')
-        if valid and (best is None or (rates['wer'], rates['cer']) < (best['wer'], best['cer'])):
-            best, kept = rates, run_dir / 'best.pt'
+        if valid and (best is None or (rates['wer'], rates['cer']) <= (best['wer'], best['cer'])):  # equal: later
+            best, kept, shown = rates, run_dir / 'best.pt', sentences
             shutil.copy(run_dir / 'last.pt', kept)
         monitor.report(record, sentence)
         if args.overfit and rates['cer'] == 0:
@@ -301,7 +304,8 @@ def run(args):
     if test:
         checkpoint = torch.load(kept, weights_only=True)
         network.load_state_dict(checkpoint['model'])
-        results['test'] = checkpoint['run']['test'] = evaluate(network, data.Speech(test, alphabet), args)[1]
+        _, results['test'], shown = evaluate(network, data.Speech(test, alphabet), args)
+        checkpoint['run']['test'] = results['test']
         torch.save(checkpoint, kept)
     (run_dir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
     for part in ('valid', 'test'):
@@ -313,7 +317,8 @@ def run(args):
                              'read the warnings above. Are audio and text of the same utterance?')
     if args.overfit:
         print(f'learnt: {len(valid)} utterances by heart after {updates * epoch} updates; data, loss and network agree')
-    clip = (test or valid or train)[0]
+    clips = test or valid or train
+    clip = next((clips[i] for i, said, heard, _ in shown if said == heard), clips[0])  # one that it gets right, if any
     wave = data.resample(*data.read_audio(clip.path), data.SAMPLE_RATE).numpy()
     soundfile.write(run_dir / 'clip.wav', wave, data.SAMPLE_RATE)
     print(f'results in {run_dir}; to transcribe a clip ("{clip.text}"):\n'
