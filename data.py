@@ -16,7 +16,6 @@ import json
 import math
 import re
 import sys
-import tempfile
 import unicodedata
 import zlib
 from collections import defaultdict
@@ -151,7 +150,7 @@ def frames_needed(symbols):
 
 KEYS = {'audio': ('audio_filepath', 'path', 'file', 'audio', 'file_name'), 'speaker': ('speaker', 'client_id'),
         'text': ('text', 'sentence', 'transcript', 'transcription'), 'duration': ('duration',)}
-SUFFIXES = ('.flac', '.wav', '.sph', '.mp3', '.ogg', '.opus')
+SUFFIXES = ('.flac', '.wav', '.sph', '.mp3', '.ogg', '.opus', '.aiff', '.aif', '.au', '.caf')
 
 
 def corpus_rows(path, split):
@@ -279,20 +278,19 @@ def gather(train, valid=None, test=None, seed=0, frames_per_output=4, listen=loa
 
 WORDS = dict(re.findall(r'(\w+): ([\w ]+)', (
     'zero: z ih r ao uh, one: w ah n, two: t uw, three: th r iy, four: f ao r, five: f aa ih v, six: s ih k s, '
-    'seven: s eh v ah n, eight: eh iy t, nine: n aa ih n, ten: t eh n, yes: y eh s, no: n ao uh, go: g ao uh, '
-    'stop: s t aa p, start: s t aa r t, left: l eh f t, right: r aa ih t, up: ah p, down: d aa uh n')))
-# Formants in Hz (Peterson & Barney 1952, table II, men; consonants Klatt 1980, table III, n's first his nasal formant);
+    'seven: s eh v ah n, eight: eh iy t, nine: n aa ih n, ten: t eh n, no: n ao uh, go: g ao uh, low: l ao uh, '
+    'stop: s t aa p, start: s t aa r t, right: r aa ih t, light: l aa ih t, night: n aa ih t, line: l aa ih n')))
+# Formants in Hz (Peterson & Barney 1952, table II, men; consonants Klatt 1980, table III, n's first is its nasal one);
 # levels of voice and hiss in dB, the hiss's centre in kHz and width in octaves, and duration in ms (these are our own,
-# by spectrogram and by what a recogniser of real speech made of them).
+# by spectrogram and by what a recogniser of real speech made of them):  F1 F2 F3, voice hiss, centre width, duration
 PHONES = {name: np.array(row, float) for name, *row in map(str.split, re.split(r'[\n|]', '''\
-    iy 270 2290 3010   0 -99   4   1 110 | w  290  610 2150  -4 -99   4   1  60 | s  320 1390 2530 -99 -16   6 0.5 105
-    ih 390 1990 2550   0 -99   4   1  80 | y  260 2070 3020  -4 -99   4   1  60 | z  240 1390 2530 -10 -20   6 0.5  75
-    eh 530 1840 2480   0 -99   4   1 100 | r  310 1060 1380  -4 -99   4   1  65 | p  400 1100 2150 -99 -28   1   2  30
-    ah 640 1190 2390   0 -99   4   1  90 | l  310 1050 2880  -4 -99   4   1  65 | t  400 1600 2600 -99 -19 4.5 0.7  35
-    aa 730 1090 2440   0 -99   4   1 110 | n  270 1340 2470 -10 -99   4   1  90 | k  300 1990 2850 -99 -19   2 0.4  35
-    ao 570  840 2410   0 -99   4   1 110 | f  340 1100 2080 -99 -28   6   2  95 | d  200 1600 2600  -8 -22   4 0.7  20
-    uh 440 1020 2240   0 -99   4   1  80 | v  220 1100 2080 -10 -32   6   2  55 | g  200 1990 2850  -8 -24   2 0.4  25
-    uw 300  870 2240   0 -99   4   1 140 | th 320 1290 2540 -99 -30   6 1.5  90'''))}
+    iy 270 2290 3010   0 -99   4   1 110 |uw 300  870 2240   0 -99   4   1 140 |th 320 1290 2540 -99 -30   6 1.5  90
+    ih 390 1990 2550   0 -99   4   1  80 |w  290  610 2150  -4 -99   4   1  60 |s  320 1390 2530 -99 -16   6 0.5 105
+    eh 530 1840 2480   0 -99   4   1 100 |r  310 1060 1380  -4 -99   4   1  65 |z  240 1390 2530 -10 -20   6 0.5  75
+    ah 640 1190 2390   0 -99   4   1  90 |l  310 1050 2880  -4 -99   4   1  65 |p  400 1100 2150 -99 -28   1   2  30
+    aa 730 1090 2440   0 -99   4   1 110 |n  270 1340 2470 -10 -99   4   1  90 |t  400 1600 2600 -99 -19 4.5 0.7  35
+    ao 570  840 2410   0 -99   4   1 110 |f  340 1100 2080 -99 -28   6   2  95 |k  300 1990 2850 -99 -19   2 0.4  35
+    uh 440 1020 2240   0 -99   4   1  80 |v  220 1100 2080 -10 -32   6   2  55 |g  200 1990 2850  -8 -24   2 0.4  25'''))}
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPLITS = {'train': (0, 300, 600), 'valid': (300, 12, 60), 'test': (312, 24, 120)}  # first speaker, speakers, clips
 
@@ -305,8 +303,9 @@ def synthesise(text, speaker=0, seed=0):
         raise DataError(f'{text!r}: the synthesiser says {", ".join(WORDS)}, in the voices of speakers from 0 up')
     voice = np.random.default_rng([seed, speaker])
     # A shorter tract has higher formants and pitch; breath is in dB, the corner of the source's slope in Hz.
-    tract, rate, breath, corner = voice.uniform([0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500])
-    pitch, accent = 140 * tract ** 3 * voice.uniform(0.8, 1.25), dict(zip(PHONES, voice.normal(1, 0.03, (99, 3))))
+    scale, rate, breath, corner = voice.uniform([0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500])
+    pitch = 140 * scale ** 3 * voice.uniform(0.8, 1.25)
+    accent = dict(zip(PHONES, voice.normal(1, 0.06, (len(PHONES), 3))))
     rng = np.random.default_rng([seed, speaker, zlib.crc32(text.encode())])
     rows, steps, spans = [], [], []
 
@@ -317,10 +316,10 @@ def synthesise(text, speaker=0, seed=0):
     for i, word in enumerate(words, 1):
         first = len(steps)
         for phone in WORDS[word].split():
-            row = PHONES[phone] * np.r_[accent[phone] * tract, 1, 1, tract, 1, 1]
-            if phone in 'ptkdg':  # a stop begins with a closure
-                add(row, 55 / rate * rng.uniform(0.8, 1.2), (17, 200))
-            add(row, row[7] / rate * rng.uniform(0.8, 1.2))
+            row = PHONES[phone] * np.r_[accent[phone] * scale * rng.normal(1, 0.05, 3), 1, 1, scale, 1, 1]
+            if phone in 'ptkg':  # a stop begins with a closure
+                add(row, 55 / rate * rng.uniform(0.7, 1.4), (17, 200))
+            add(row, row[7] / rate * rng.uniform(0.7, 1.4))
         spans.append((word, first, len(steps)))
         if rng.random() < 0.6 or i == len(words):  # the voice dies away, then a gap
             for fade in 10, 20, 30:
@@ -351,11 +350,11 @@ def synthesise(text, speaker=0, seed=0):
         return response / response.abs().square().mean(0).sqrt()
 
     hertz, tube = torch.linspace(0, SAMPLE_RATE / 2, 257)[:, None], torch.ones(257, 1)
-    for f in *(tract * torch.arange(3500, 8000, 1000)), f1, f2, f3:
+    for f in *(scale * torch.arange(3500, 8000, 1000)), f1, f2, f3:
         tube = tube * (1 - (hertz / f) ** 2 + 1j * hertz * ((50 + f / 20) / f ** 2))  # 50 Hz and 5 % wide
     centres, octaves = torch.tensor(np.array(rows)[:, 5:7].T, dtype=torch.float32)
     hiss = unit((-((hertz.clamp(50) / 1000 / centres).log2() / octaves) ** 2 / 2).exp())
-    room = unit(1 / (1 + hertz / 300)) * 10 ** (-rng.uniform(10, 35) / 20)  # its noise, 10 to 35 dB below a vowel
+    room = unit(1 / (1 + hertz / 10 ** rng.uniform(2, 3.7))) * 10 ** (-rng.uniform(10, 35) / 20)  # dB below a vowel
     wave = torch.istft(unit(1 / tube / (1 + hertz / corner)) * voiced * pulses + noise * (
         unit(1 / tube) * (0.3 * hissed + voiced * 10 ** (breath / 20)) + room  # some hiss passes through the tube too
         + hiss.repeat_interleave(torch.tensor(steps), 1) * hissed), **frames)
@@ -364,14 +363,13 @@ def synthesise(text, speaker=0, seed=0):
 
 def builtin_corpus(folder='corpus'):
     """Speak the built-in corpus into a folder, once -> {'train': manifest, 'valid': ..., 'test': ...}; no speaker is in
-    two of them. One to six random words an utterance."""
-    folder = Path(folder)
-    if not folder.exists():
+    two of them. One to six random words an utterance. Raises OSError where the folder cannot be made."""
+    folder, unfinished = Path(folder), Path(f'{folder}.unfinished')  # an interrupted one is no corpus
+    if not (folder / 'test.jsonl').exists():
         print(f'speaking the built-in corpus into {folder}, once', flush=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))  # an interrupted one is no corpus
         for split, (first, speakers, utterances) in SPLITS.items():
             rng, rows = np.random.default_rng(first), []
-            (unfinished / split).mkdir()
+            (unfinished / split).mkdir(parents=True, exist_ok=True)
             for i in range(utterances):
                 text, speaker = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7))), first + i % speakers
                 wave, _ = synthesise(text, speaker)
@@ -415,7 +413,7 @@ class Speech(torch.utils.data.Dataset):
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Inspect a corpus before training, or say a sentence.')
     parser.add_argument('path', help='corpus (see read_corpus) or audio file; with --say, the file to write')
-    parser.add_argument('--valid_data', help='corpus for validation; without it, a tenth is held out as train.py does')
+    parser.add_argument('--valid_data', help='corpus for validation; unset: a tenth is held out, as with train.py')
     parser.add_argument('--say', metavar='TEXT', help=f'any of: {" ".join(WORDS)}')
     parser.add_argument('--speaker', type=int, default=0, help='with --say: whose voice, 0 or more')
     args = parser.parse_args(argv)
@@ -436,10 +434,10 @@ def main(argv=None):
             if train:
                 monitor.describe(train, valid, [encode(u.text, alphabet) for u in train], alphabet,
                                  torch.tensor([math.ceil(u.frames / 4) for u in train]))
-            found['too short for CTC before upsampling'] = [u.path.name for u in unlearnable(train, alphabet, 8)]
-            for remark, names in found.items():
-                print(f'{len(names)} files {remark}:', *names)
-            print(choice)
+            found['too short with --blocks 4 to 11, if nothing were upsampled'] += (
+                u.path.name for u in unlearnable(train, alphabet, 8))
+            print(choice, *(f'{len(names)} files {what}: {" ".join(names)}' for what, names in found.items() if names),
+                  sep='\n')
             if faults or not train:
                 raise DataError('\n'.join([f'{len(faults)} faults, {len(train)} utterances left', *faults.values()]))
     except (DataError, soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:

@@ -274,15 +274,17 @@ def advice(log):
         yield f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, CER {best['cer']:.2f} %"
     if last['dependence_share'] < IGNORED:
         yield 'how to go on: the plateau was never left. Can it learn ten utterances (train.py --overfit 10)?'
-    elif last['nonfinite'] or last['clipped'] > 0.9 and last['train_way'] < 1.1:
+    elif last['nonfinite'] or (last['clipped'] > 0.9 and last['train_way'] < 1.1):
         yield 'how to go on: updates are lost or cut; halve --learning_rate'
-    elif last.get('wer') == 0:
+    elif 'wer' not in last:
+        yield 'how to go on: without validation nothing tells; train with --valid_data, or score --test_data'
+    elif last['wer'] == 0:
         yield 'how to go on: nothing is left to learn from this validation set; take a harder one'
-    elif 'wer' in last and last['valid_loss'] > 2 * last['train_loss']:
-        yield ('how to go on: training is learnt better than validation; more data, --spec_augment, a higher --dropout'
-               ' and more --epochs, in that order')
+    elif last['valid_loss'] > 2 * last['train_loss']:
+        yield ('how to go on: training is learnt better than validation; more data, --spec_augment, a higher --dropout,'
+               ' more --epochs')
     else:
-        yield 'how to go on: still learning; train for more --epochs'
+        yield 'how to go on: still learning; a new run with more --epochs (the learning rate of this one has ended)'
 
 
 def main(argv=None):

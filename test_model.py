@@ -681,7 +681,8 @@ def dtw(a, b):
 
 @slow
 def test_a_template_matcher_fails_on_the_built_in_corpus():
-    """Words of training speakers, cut out by their known times, as templates for those of validation's."""
+    """One training speaker's words as templates for those of twelve of validation's, all cut out by their known times,
+    which helps the matcher: the network has to find them."""
     def words(speakers, n):
         rng, cut = np.random.default_rng(speakers[0]), []
         for speaker in speakers:
@@ -690,7 +691,7 @@ def test_a_template_matcher_fails_on_the_built_in_corpus():
             cut += [(word, mels[int(100 * start):int(100 * end)][::2]) for word, start, end in spans]
         return cut
 
-    templates, spoken = words(range(3), 20), words(range(300, 308), 6)
+    templates, spoken = words([0], 20), words(range(300, 312), 8)
     wrong = sum(min(templates, key=lambda t: dtw(t[1], mels))[0] != word for word, mels in spoken)
     print(f'template matcher: {100 * wrong / len(spoken):.0f} % of {len(spoken)} words wrong')
     assert wrong / len(spoken) >= 0.2
@@ -840,7 +841,7 @@ def by_heart(tmp_path_factory):
     """Two sentences of the synthesiser, learnt by --overfit -> run folder, wave of the first."""
     folder = tmp_path_factory.mktemp('heart')
     rows = []
-    for i, text in enumerate(['seven two nine', 'left go']):
+    for i, text in enumerate(['seven two nine', 'light go']):
         soundfile.write(folder / f'{i}.wav', data.synthesise(text, i)[0], 16000)
         rows.append(json.dumps({'audio_filepath': f'{i}.wav', 'text': text}))
     (folder / 'm.jsonl').write_text('\n'.join(rows))

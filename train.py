@@ -94,14 +94,15 @@ def parse_flags(argv=None):
     switch, absent = {'action': argparse.BooleanOptionalAction}, {'default': argparse.SUPPRESS}
     count, positive, amount = number(int, 0), number(int, 1), number(float, 0)
     add = parser.add_argument_group('data').add_argument
-    add('--train_data', default=None, help='corpus: .jsonl, .csv or .tsv manifest, LibriSpeech or CMU Sphinx folder; '
-        'None: the built-in corpus, spoken into the folder corpus/')
-    add('--valid_data', default=None, help='corpus that chooses best.pt; None: a tenth of the training data, other '
-        'speakers if ten are known; none: train on everything, keep the last checkpoint')
-    add('--test_data', default=None, help='corpus scored once, at the end; None: no test')
+    add('--train_data', help='corpus: .jsonl, .csv or .tsv manifest, LibriSpeech or CMU Sphinx folder; '
+        'unset: the built-in corpus with its own validation and test, spoken into the folder corpus/')
+    add('--valid_data', help='corpus that chooses best.pt; unset: a tenth of the training data, other speakers if ten '
+        'are known; none: train on everything, keep the last checkpoint')
+    add('--test_data', help='corpus scored once, at the end; unset or none: no test')
     add('--skip_bad', default=False, help='leave out utterances that cannot be used; without it, they end the run '
         'before it starts', **switch)
-    add('--overfit', type=count, default=0, help='learn N utterances by heart, without augmentation; 0: train')
+    add('--overfit', type=count, default=0,
+        help='learn N training utterances by heart, without augmentation, and score those; 0: train as usual')
     add('--num_train_samples', type=count, default=0,
         help='train on the first N utterances after a seeded shuffle; 0: all')
     add('--spec_augment', default=False, help='mask bands and stretches of time in training', **switch)
@@ -113,7 +114,7 @@ def parse_flags(argv=None):
     add('--learning_rate', type=amount, default=3e-4, help='OneCycleLR climbs to ten times this')
     add('--weight_decay', type=amount, default=1e-5, help="AdamW's; 0: none")
     add('--grad_clip', type=amount, default=5.0, help='largest norm of all gradients together; 0: no limit')
-    add('--seed', type=count, default=0, help='of the subset, initialisation, order, augmentation, dropout')
+    add('--seed', type=count, default=0, help='of hold-out, subset, initialisation, order, augmentation, dropout')
     fixed = model.Config(1)
     add = parser.add_argument_group('model').add_argument
     add('--model', choices=model.PRESETS, default='fixed',
@@ -190,8 +191,11 @@ def evaluate(network, speech, args):
 def read_data(args, frames_per_output):
     """The corpora -> training, validation and test utterances. Raises DataError that lists all that is broken."""
     given = {'train': args.train_data, 'valid': args.valid_data, 'test': args.test_data}
-    paths = {'valid': None, 'test': 'none'} | (data.builtin_corpus() if args.train_data is None else {}) | {
-        split: path for split, path in given.items() if path is not None}
+    try:
+        paths = {'valid': None, 'test': 'none'} | (data.builtin_corpus() if args.train_data is None else {})
+    except OSError as error:
+        raise data.DataError(f'corpus/: cannot be written ({error}); mend that, or give --train_data') from None
+    paths |= {split: path for split, path in given.items() if path is not None}
     if args.overfit:
         paths |= {'valid': 'none', 'test': 'none'}
     sides, choice, faults = data.gather(**paths, seed=args.seed, frames_per_output=frames_per_output,
@@ -203,7 +207,8 @@ def read_data(args, frames_per_output):
     for split, side in zip(given, sides):
         if not side and paths[split] != 'none':
             raise data.DataError(f'--{split}_data: no utterance of {paths[split] or paths["train"]} is left for it')
-    print(choice, end='\n' if choice else '')
+    if choice:
+        print(choice)
     train, valid, test = sides
     random.Random(args.seed).shuffle(train)
     train = train[:args.num_train_samples or None]
@@ -233,12 +238,13 @@ def run(args):
     try:
         config = model.Config(1, **model.PRESETS[args.model] | {
             key: value for key, value in vars(args).items() if key in model.Config.__dataclass_fields__})
-        train, valid, test = read_data(args, config.frames_per_output)
-        alphabet = data.make_alphabet(train)
-        config = replace(config, vocab_size=len(alphabet))
-        network = model.Recogniser(config).to(args.device)
+        torch.empty(0, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # a bad combination of flags; no such device
         raise data.DataError(f'flags: {error}') from None
+    train, valid, test = read_data(args, config.frames_per_output)
+    alphabet = data.make_alphabet(train)
+    config = replace(config, vocab_size=len(alphabet))
+    network = model.Recogniser(config).to(args.device)
     unseen = {character for u in valid + test for character in u.text}.difference(alphabet)
     if unseen:
         print('validation or test has characters that training lacks, so each is an error:', *map(repr, sorted(unseen)))
