@@ -29,8 +29,7 @@ import torch.nn.functional as F
 
 SAMPLE_RATE = 16000
 WINDOW, HOP = 400, 160  # 25 and 10 ms
-N_FFT = 512  # bins of 31.25 Hz
-N_MELS = 80
+N_FFT, N_MELS = 512, 80  # bins of 31.25 Hz
 LOG_FLOOR = 1e-6  # power: a sine 60 dB under full scale gives about 1e-2, the rounding of 16 bits below 1e-7
 SPEEDS = range(90, 111)  # per cent; speed perturbation draws one for each utterance and epoch
 
@@ -61,8 +60,7 @@ def resample(wave, rate, new_rate):
         return wave
     divisor = math.gcd(rate, new_rate)
     up, down = new_rate // divisor, rate // divisor
-    # Whole blocks keep the ratio exact, 32 at a time the transform fast; it is circular, and the zeros keep the end off
-    # the beginning.
+    # Whole blocks keep the ratio exact, 32 at a time the transform fast; the zeros keep the end off the beginning.
     blocks = math.ceil((len(wave) + 512) / down / 32) * 32
     spectrum = torch.fft.rfft(wave, n=blocks * down)
     return torch.fft.irfft(spectrum, n=blocks * up)[:math.ceil(len(wave) * up / down)] * (up / down)
@@ -73,7 +71,8 @@ def read_audio(path):
     try:
         wave, rate = soundfile.read(path, dtype='float32', always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise DataError(f'{path}: cannot be read as audio ({error}); mend, convert or remove it') from None
+        reason = error if Path(path).is_file() else 'no such file'
+        raise DataError(f'{path}: cannot be read as audio ({reason}); mend, convert or remove it') from None
     if not len(wave) or not np.abs(wave).max() < 1e6:
         raise DataError(f'{path}: holds no samples, or some that are not finite or out of all bounds; remove it')
     return torch.from_numpy(wave.mean(1)), rate
@@ -169,22 +168,24 @@ def corpus_rows(path, split):
             name, _, text = line.partition(' ')
             speaker = [name.split('-')[0], *tree.relative_to(path).parts[-3:-2]][-1]  # speaker/chapter/*.trans.txt
             yield where, {'audio': find(tree.parent / name), 'text': text, 'speaker': speaker}
-    if path.is_dir() and not trees:
-        etc = list(path.glob('etc/*.transcription'))
-        chosen = etc if len(etc) == 1 else [p for p in etc if split in p.name]
-        if len(chosen) != 1:
-            raise DataError(f'{path}: a folder needs *.trans.txt or one etc/*{split}*.transcription; or name a file')
-        [path] = chosen
+    etc = [p for p in path.glob('etc/*.transcription') if split in p.name] if path.is_dir() else []
+    if path.is_dir() and len(trees[:1] + etc) != 1:
+        raise DataError(f'{path}: a folder needs either *.trans.txt or one etc/*{split}*.transcription; or name a file')
+    path = etc[0] if etc else path
     if path.suffix == '.transcription':  # CMU Sphinx: <s> GO </s> (an251-fash-b)
-        files = {Path(name).name: name for name in path.with_suffix('.fileids').read_text().split()}
+        files = defaultdict(list)  # two folders may hold files of one name: the first line is the first one's
+        for where, name in lines(path.with_suffix('.fileids')):
+            files[Path(name).name].append((where, path.parent.parent / 'wav' / name))
         for where, line in lines(path):
-            text, name = re.fullmatch(r'(?:<s>)?(.*?)(?:</s>)?\s*(?:\(([^()]+)\))?', line).groups()
-            file = path.parent.parent / 'wav' / files.get(name, f'{name}, which the .fileids lacks,')
+            text, name = re.fullmatch(r'(?:<s>)?(.*?)(?:</s>)?\s*(?:\(([^()]+)\))?', line, re.IGNORECASE).groups()
+            file = files[name].pop(0)[1] if files.get(name) else Path(f'{name}, which the .fileids lacks,')
             yield where, {'audio': find(file), 'text': text, 'speaker': file.parent.name}
-    elif path.suffix in ('.csv', '.tsv'):
-        dialect = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if path.suffix == '.tsv' else {'strict': True}
+        for where, file in sum(files.values(), []):
+            yield where, {'audio': str(file), 'text': None}
+    elif path.suffix.lower() in ('.csv', '.tsv'):
+        tsv = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
         with open(path, encoding='utf-8-sig', newline='') as file:
-            table = csv.DictReader(file, **dialect)
+            table = csv.DictReader(file, **tsv if path.suffix.lower() == '.tsv' else {'strict': True})
             for key in 'audio', 'text':
                 if not set(KEYS[key]) & set(table.fieldnames or ()):
                     raise DataError(f'{path}:1: no column of the header is named {" or ".join(KEYS[key])}')
@@ -203,9 +204,9 @@ def read_corpus(path, split='train'):
         for where, row in corpus_rows(path, split):
             try:
                 row = json.loads(row) if isinstance(row, str) else row
-                if not isinstance(row, dict):
-                    raise DataError('is no JSON object')
-                value = {key: next((row[n] for n in names if row.get(n) not in (None, '')), None)
+                if not isinstance(row, dict) or None in row:
+                    raise DataError('is no JSON object, or has more fields than the header: quote its text')
+                value = {key: next((row[n] for n in names if row.get(n) is not None), '')
                          for key, names in KEYS.items()}
                 for key in 'audio', 'text':
                     if not isinstance(value[key], str) or not value[key].strip():
@@ -218,10 +219,9 @@ def read_corpus(path, split='train'):
                 duration = float(value['duration'] or soundfile.info(audio).duration)
                 if not 0 < duration < 3600:
                     raise DataError(f'{audio}: its duration is {duration} s; it needs more than 0, less than an hour')
-                utterances.append(Utterance(audio, text, duration, str(value['speaker'] or ''), where))
+                utterances.append(Utterance(audio, text, duration, str(value['speaker']), where))
             except (ValueError, TypeError, OSError, OverflowError, RuntimeError, DataError) as error:
-                kind = {json.JSONDecodeError: 'is not a line of JSON: ',
-                        soundfile.LibsndfileError: 'cannot be read as audio: '}.get(type(error), '')
+                kind = 'is not a line of JSON: ' if isinstance(error, json.JSONDecodeError) else ''
                 faults[where] = f'{where}: {kind}{error}'
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f'{path}: cannot be read as a corpus ({error})') from None
@@ -232,12 +232,12 @@ def read_corpus(path, split='train'):
 
 def hold_out(utterances, seed=0):
     """Keep a tenth for validation, by speaker where ten are known -> training, validation, the choice in words."""
-    speakers = {u.speaker for u in utterances}
-    known = len(speakers) >= 10 and '' not in speakers
-    groups = [u.speaker if known else u.path.stem for u in utterances]
+    speakers, stems = {u.speaker for u in utterances}, {u.path.stem for u in utterances}
+    known, distinct = len(speakers) >= 10 and '' not in speakers, len(stems) == len(utterances)
+    groups = [u.speaker if known else u.path.stem if distinct else u.where for u in utterances]
     kept = set(np.random.default_rng(seed).permutation(sorted(set(groups)))[:math.ceil(len(set(groups)) / 10)].tolist())
     train, valid = ([u for u, group in zip(utterances, groups) if (group in kept) == out] for out in (False, True))
-    choice = f'all of {", ".join(sorted(kept))}' if known else 'at random: fewer than ten speakers are known'
+    choice = f'all of {", ".join(sorted(kept))}' if known else 'at random: not all speakers are known, or under ten'
     return train, valid, f'held out for validation: {len(valid)} of {len(utterances)} utterances, {choice}'
 
 
@@ -254,25 +254,30 @@ def unlearnable(utterances, alphabet, mel_frames):
     return [u for u in utterances if math.ceil(u.frames / mel_frames) < frames_needed(encode(u.text, alphabet))]
 
 
-def gather(train, valid=None, test=None, seed=0, frames_per_output=4, listen=load, most=math.inf):
+def gather(train, valid=None, test=None, seed=0, frames_per_output=4, most=math.inf, remarks=lambda wave, rate: ()):
     """Paths of corpora (valid: None holds out from training, 'none' is none) -> a list of Utterances for each, what was
-    held out, and a line for each broken one that was left out {where: line}. If there are at most `most`, listen is
-    called on every one; it raises DataError for a broken one."""
-    sides, faults, choice = [], {}, ''
+    held out, a line for each broken one that was left out {where: line}, and {remark: file names}. If there are at most
+    `most`, every file is decoded, and its true duration taken."""
+    sides, faults, found, choice = [], {}, defaultdict(list), ''
     for path, split in (train, 'train'), (valid, 'valid'), (test, 'test'):
-        utterances, more = read_corpus(path, split) if path not in (None, 'none') else ([], {})
+        utterances, more = read_corpus(path, split) if split == 'train' or path not in (None, 'none') else ([], {})
         sides, faults = sides + [utterances], faults | more
-    if valid is None and sides[0]:
-        sides[0], sides[1], choice = hold_out(sides[0], seed)
-    for u in sum(sides, []) if sum(map(len, sides)) <= most else []:
+    everything = sum(sides, [])
+    for u in everything if len(everything) <= most else ():
         try:
-            listen(u)
+            wave, rate = load(u)
+            u.duration = len(wave) / rate
+            for remark in remarks(wave, rate):
+                found[remark].append(u.path.name)
         except DataError as error:
             faults[u.where] = f'{u.where}: {error}'
     for u in unlearnable(sides[0], make_alphabet(sides[0]), frames_per_output):
         faults.setdefault(u.where, f'{u.where}: {u.path} has fewer outputs than labels and repeats; mend or remove it, '
                           'or lower --frames_per_output')
-    return [[u for u in side if u.where not in faults] for side in sides], choice, faults
+    sides = [[u for u in side if u.where not in faults] for side in sides]
+    if valid is None and len(sides[0]) > 1:
+        sides[0], sides[1], choice = hold_out(sides[0], seed)
+    return sides, choice, faults, found
 
 
 # ---- the built-in corpus: a source and a filter (Fant 1960), by rule (Klatt 1980) -----------------------------------
@@ -428,18 +433,14 @@ def main(argv=None):
             wave, rate = read_audio(args.path)
             print(f'{args.path}: {len(wave) / rate:.2f} s at {rate} Hz', *monitor.remarks(wave, rate), sep='\n')
         else:
-            found = defaultdict(list)
-            (train, valid, _), choice, faults = gather(args.path, args.valid_data, listen=lambda u: [
-                found[remark].append(u.path.name) for remark in monitor.remarks(*load(u))])
+            (train, valid, _), choice, faults, found = gather(args.path, args.valid_data, remarks=monitor.remarks)
             alphabet = make_alphabet(train)
             if train:
                 monitor.describe(train, valid, [encode(u.text, alphabet) for u in train], alphabet,
                                  torch.tensor([math.ceil(u.frames / 4) for u in train]))
-            found['too short with --blocks 4 to 11, if nothing were upsampled'] += (
-                u.path.name for u in unlearnable(train, alphabet, 8))
-            print(choice, *(f'{len(names)} files {what}: {" ".join(names)}' for what, names in found.items() if names),
-                  sep='\n')
-            if faults or not train:
+            found['too short before upsampling by --blocks 11'] = [u.path.name for u in unlearnable(train, alphabet, 8)]
+            print(choice, *(f'{len(v)} files {key}: {" ".join(v)}' for key, v in found.items() if v), sep='\n')
+            if faults or not train or not (valid or args.valid_data):
                 raise DataError('\n'.join([f'{len(faults)} faults, {len(train)} utterances left', *faults.values()]))
     except (DataError, soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
         sys.exit(f'data.py: {error}')

@@ -346,27 +346,27 @@ def main(argv=None):
     import data
     try:
         network, alphabet, run = load_checkpoint(args.checkpoint)
+        scores = [f'{part}: WER {run[part]["wer"]:.2f} %' for part in ('valid', 'test') if run[part]] or ['not scored']
     except Exception as error:  # whatever a file that is no checkpoint may raise
-        sys.exit(f'model.py: {args.checkpoint}: is no checkpoint of train.py ({str(error).splitlines()[0]})')
+        sys.exit(f'model.py: {args.checkpoint}: is no checkpoint of train.py ({type(error).__name__})')
     seconds, failed = network.config.frames_per_output * data.HOP / data.SAMPLE_RATE, False
     for clip in args.clips:
         try:
-            mels = data.normalise(data.log_mels(data.resample(*data.read_audio(clip), data.SAMPLE_RATE)))
+            wave = data.resample(*data.read_audio(clip), data.SAMPLE_RATE)
         except data.DataError as error:
             print(f'model.py: {error}', file=sys.stderr)
             failed = True
             continue
+        mels = data.normalise(data.log_mels(wave))
         log_probs, lengths = network(mels[None, None], torch.tensor([len(mels)]))
         text = data.decode(greedy_decode(log_probs, lengths)[0], alphabet)
         print(f'{clip}: {text}' if len(args.clips) > 1 else text)
         for word, start, end in word_times(log_probs[0].argmax(1).tolist(), alphabet, seconds) if args.times else []:
-            print(f'{start:6.2f} {end:6.2f}  {word}')
+            print(f'{start:6.2f} {min(end, len(wave) / data.SAMPLE_RATE):6.2f}  {word}')
     if not args.clips:
         print(f'{asdict(network.config)}\n{sum(p.numel() for p in network.parameters()):,} parameters; alphabet: '
               f'{"".join(alphabet)!r}\ntrained on {run["train_data"]}, {run["utterances"]} utterances, '
-              f'{run["hours"]:.2f} hours, {run["epoch"]} epochs')
-        for part in 'valid', 'test':
-            print(f'{part}: ' + ('WER {wer:.2f} %, CER {cer:.2f} %'.format(**run[part]) if run[part] else 'not scored'))
+              f'{run["hours"]:.2f} hours, {run["epoch"]} epochs; ' + ', '.join(scores))
     sys.exit(failed)
 
 

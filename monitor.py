@@ -266,6 +266,16 @@ def describe(train, valid, targets, alphabet, outputs):
     print(f'validation  {len(valid)} utterances; {len(unseen)} of their words are not in training:', *sorted(unseen))
 
 
+def table(log):
+    """The records of a log.jsonl -> a line for each epoch, its warnings beneath."""
+    yield 'epoch  seconds  train   way  valid    WER    CER  gradient  clipped  blank  dependence'
+    for r in log:
+        yield ('{epoch:5d} {train_seconds:8.0f} {train_loss:6.3f} {train_way:5.0%} {valid_loss:6.3f} {wer:6.2f} '
+               '{cer:6.2f} {grad_norm:9.2f} {clipped:8.0%} {blank:6.0%} {dependence_share:11.2f}').format(
+                   **{'valid_loss': math.nan, 'wer': math.nan, 'cer': math.nan} | r)
+        yield from (f'      ! {warning}' for warning in r['warnings'])
+
+
 def advice(log):
     """The records of a log.jsonl -> where it ended and how to go on, in words."""
     last = log[-1]
@@ -290,20 +300,23 @@ def advice(log):
 def main(argv=None):
     parser = argparse.ArgumentParser(description='Read runs: a table by epoch, warnings, the best epoch, how to go on.')
     parser.add_argument('run', nargs='+', help='run folder of train.py')
+    failed = False
     for run in parser.parse_args(argv).run:
+        file, log = Path(run) / 'log.jsonl', []
         try:
-            log = [json.loads(line) for line in (Path(run) / 'log.jsonl').read_text().splitlines()]
-            print(f'{run}\nepoch  seconds  train   way  valid    WER    CER  gradient  clipped  blank  dependence')
-            for r in log:
-                print('{epoch:5d} {train_seconds:8.0f} {train_loss:6.3f} {train_way:5.0%} {valid_loss:6.3f} {wer:6.2f} '
-                      '{cer:6.2f} {grad_norm:9.2f} {clipped:8.0%} {blank:6.0%} {dependence_share:11.2f}'.format(
-                          **{'valid_loss': math.nan, 'wer': math.nan, 'cer': math.nan} | r))
-                for warning in r['warnings']:
-                    print(f'      ! {warning}')
-            for line in advice(log):
-                print(line)
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            sys.exit(f'monitor.py: {run}: is no run folder with a log.jsonl of train.py ({error!r})')
+            for number, line in enumerate(file.read_text().splitlines(), 1):
+                try:
+                    log.append(dict(json.loads(line)))
+                except (ValueError, TypeError):
+                    print(f'monitor.py: {file}:{number}: is no whole record and is left out', file=sys.stderr)
+                    failed = True
+            lines = list(table(log)) + list(advice(log))
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            print(f'monitor.py: {run}: is no run folder with the log.jsonl of train.py ({error!r})', file=sys.stderr)
+            failed = True
+        else:
+            print(run, *lines, sep='\n')
+    sys.exit(failed)
 
 
 if __name__ == '__main__':

@@ -471,7 +471,7 @@ def test_augmentation_depends_on_seed_epoch_and_utterance(corpus):
 
 
 @pytest.mark.parametrize('line,complaint', [
-    ('{"audio_filepath": "0.wav"}', "manifest.jsonl:2: has None for its text (or sentence, transcript"),
+    ('{"audio_filepath": "0.wav"}', "manifest.jsonl:2: has '' for its text (or sentence, transcript"),
     ('{"audio_filepath": "no.wav", "text": "a"}', 'no.wav'),
     ('{"audio_filepath": "no.wav", "text": "a", "duration": 1}', 'is no file'),
     ('{"audio_filepath": "0.wav", "text": " "}', "has ' ' for its text"),
@@ -479,7 +479,7 @@ def test_augmentation_depends_on_seed_epoch_and_utterance(corpus):
     ('{"audio_filepath": 3, "text": "a"}', 'has 3 for its audio_filepath'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": NaN}', 'its duration is nan'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": "long"}', 'manifest.jsonl:2'),
-    ('{"audio_filepath": "manifest.jsonl", "text": "a"}', 'cannot be read as audio'),
+    ('{"audio_filepath": "manifest.jsonl", "text": "a"}', 'Error opening'),
     ('[1]', 'manifest.jsonl:2: is no JSON object'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": 5}', 'not 5.00 as its duration says'),
     ('{"audio_filepath": "0.wav", "text": "\\ud800"}', 'surrogates not allowed'),
@@ -751,7 +751,7 @@ def write_forms(us, folder):
 def assert_same_batches(paths):
     seen = []
     for path in paths:
-        (us, valid, _), _, faults = data.gather(path, seed=1)
+        (us, valid, _), _, faults, _ = data.gather(path, seed=1)
         assert not faults and valid
         speech = data.Speech(us, data.make_alphabet(us), 4, speed_perturb=True)
         seen.append(list(train.loader(speech, train.training_batches(us, 8, 0, 2))))
@@ -890,13 +890,18 @@ def test_words_have_times(by_heart, capsys):
 def test_checkpoints_and_runs_describe_themselves(by_heart, first_run, tmp_path, capsys):
     _, out, _ = transcribe(capsys, by_heart[0] / 'best.pt')
     assert 'valid: WER 0.00 %' in out and 'm.jsonl' in out and 'parameters' in out
-    monitor.main([str(first_run[0])])
+    with pytest.raises(SystemExit, match='False'):
+        monitor.main([str(first_run[0])])
     out = capsys.readouterr().out
     assert 'best epoch' in out and 'how to go on' in out and len(out.splitlines()) >= 7
     (tmp_path / 'x.pt').write_text('x')
     assert 'is no checkpoint' in transcribe(capsys, tmp_path / 'x.pt', 'a.wav')[0]
-    with pytest.raises(SystemExit, match='is no run folder'):
-        monitor.main([str(tmp_path)])
+    (tmp_path / 'log.jsonl').write_text((first_run[0] / 'log.jsonl').read_text()[:-100])
+    with pytest.raises(SystemExit, match='True'):
+        monitor.main([str(tmp_path / 'none'), str(tmp_path)])
+    captured = capsys.readouterr()
+    assert 'none: is no run folder' in captured.err and 'log.jsonl:3: is no whole record' in captured.err
+    assert len(captured.out.splitlines()) >= 5
 
 
 def test_overfit_gives_a_verdict(by_heart, tmp_path, corpus, capsys):

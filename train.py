@@ -12,7 +12,9 @@ import argparse
 import itertools
 import json
 import math
+import os
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -198,7 +200,7 @@ def read_data(args, frames_per_output):
     paths |= {split: path for split, path in given.items() if path is not None}
     if args.overfit:
         paths |= {'valid': 'none', 'test': 'none'}
-    sides, choice, faults = data.gather(**paths, seed=args.seed, frames_per_output=frames_per_output,
+    sides, choice, faults, _ = data.gather(**paths, seed=args.seed, frames_per_output=frames_per_output,
                                         most=math.inf if args.skip_bad else LISTEN_TO)
     if faults and not args.skip_bad:
         raise data.DataError('\n'.join([*faults.values(), f'{len(faults)} broken; --skip_bad trains without them']))
@@ -207,6 +209,9 @@ def read_data(args, frames_per_output):
     for split, side in zip(given, sides):
         if not side and paths[split] != 'none':
             raise data.DataError(f'--{split}_data: no utterance of {paths[split] or paths["train"]} is left for it')
+    shared = {u.path.resolve() for u in sides[0]} & {u.path.resolve() for u in sides[1] + sides[2]}
+    if shared:
+        print(f'{len(shared)} files of validation or test are in training too: their scores say nothing of new speech')
     if choice:
         print(choice)
     train, valid, test = sides
@@ -327,8 +332,8 @@ def run(args):
     clip = next((clips[i] for i, said, heard, _ in shown if said == heard), clips[0])  # one that it gets right, if any
     wave = data.resample(*data.read_audio(clip.path), data.SAMPLE_RATE).numpy()
     soundfile.write(run_dir / 'clip.wav', wave, data.SAMPLE_RATE)
-    print(f'results in {run_dir}; to transcribe a clip ("{clip.text}"):\n'
-          f'    {sys.orig_argv[0]} model.py {kept} {run_dir / "clip.wav"}')
+    command = [sys.orig_argv[0], os.path.relpath(model.__file__), kept, run_dir / 'clip.wav']
+    print(f'results in {run_dir}; to transcribe a clip ("{clip.text}"):\n   ', shlex.join(map(str, command)))
     return results
 
 
