@@ -329,7 +329,8 @@ def run(args):
     if args.overfit:
         print(f'learnt: {len(valid)} utterances by heart after {updates * epoch} updates; data, loss and network agree')
     clips = test or valid or train
-    clip = next((clips[i] for i, said, heard, _ in shown if said == heard), clips[0])  # one that it gets right, if any
+    right = [clips[i] for i, said, heard, _ in shown if said == heard]  # the longest that it gets right, if any
+    clip = max(right, key=lambda u: len(u.text), default=clips[0])
     wave = data.resample(*data.read_audio(clip.path), data.SAMPLE_RATE).numpy()
     soundfile.write(run_dir / 'clip.wav', wave, data.SAMPLE_RATE)
     command = [sys.orig_argv[0], os.path.relpath(model.__file__), kept, run_dir / 'clip.wav']
