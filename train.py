@@ -141,7 +141,8 @@ def parse_flags(argv=None):
 def make_optimizer(network, args, updates):
     """AdamW, and OneCycleLR to ten times the learning rate: 10 % of the updates up from 0.4 of it, the rest down to
     nothing, both by cosine; AdamW's first beta goes 0.95, 0.85, 0.95 the other way (PyTorch's defaults)."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay,
+                                  fused=True)  # one kernel for all parameters: 7 % of an update on a CPU
     # PyTorch divides by zero at exactly 10 updates (10 % of them is one, the climb's start and end at once).
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=10 * args.learning_rate,
                                                    total_steps=max(updates, 11), pct_start=0.1, anneal_strategy='cos')
