@@ -8,6 +8,8 @@ import math
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 import unicodedata
 from collections import Counter
@@ -446,11 +448,20 @@ def test_what_ctc_cannot_learn():
 def test_every_utterance_once_an_epoch_in_batches_of_like_length():
     rng = random.Random(0)
     corpus = [data.Utterance(Path(f'{i}.wav'), 'a', rng.uniform(1, 20), '', '') for i in range(101)]
-    one, two, again = (train.epoch_batches(corpus, 8, 0, epoch) for epoch in (1, 2, 1))
-    assert one == again != two and sorted(i for batch in one for _, i in batch) == list(range(101))
+
+    def batches(*share, seed=0):
+        return list(train.training_batches(corpus, 8, seed, 2, *share))
+
+    one, two = batches()[:13], batches()[13:]
+    assert one + two == batches() and [[i for _, i in batch] for batch in one] != [[i for _, i in batch] for batch in two]
+    assert all(sorted(batch for b in epoch for batch in b) == [(n, i) for i in range(101)]
+               for n, epoch in enumerate((one, two)))
     padding = [max(corpus[i].duration for _, i in batch) / min(corpus[i].duration for _, i in batch) for batch in one]
     assert np.median(padding) < 1.5
-    assert train.epoch_batches(corpus, 8, 1, 1) != one
+    assert batches(seed=1)[:13] != one
+    # Three processes have the same number of batches, and together what one has; where it is too few, some do twice.
+    shares = [batches(rank, 3) for rank in range(3)]
+    assert all(set(whole) == set(sum(parts, [])) and all(parts) for whole, *parts in zip(one + two, *shares))
 
 
 def test_augmentation_depends_on_seed_epoch_and_utterance(corpus):
@@ -919,6 +930,89 @@ def test_training_on_everything_keeps_the_last_checkpoint(corpus, tmp_path):
     assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == [
         'clip.wav', 'config.json', 'last.pt', 'log.jsonl', 'results.json']
     assert torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['run']['test'] == results['test']
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+
+def test_two_processes_train_as_one(corpus, tmp_path):
+    """torchrun's two processes average their gradients: without dropout and with batch norm's statistics of the whole
+    batch in both (every utterance twice), they take the steps of one process."""
+    rows = Path(corpus[1]).read_text().splitlines()
+    doubled = Path(corpus[1]).parent / 'doubled.jsonl'
+    doubled.write_text('\n'.join(row for row in rows[:4] for _ in range(2)))
+    flags = ['--train_data', str(doubled), '--valid_data', corpus[3], '--epochs=2', '--batch_size=8', '--dropout=0',
+             '--no-speed_perturb', '--run_dir', str(tmp_path / 'two')]
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                          train.__file__, *flags], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.count('epoch   2') == 1, run.stderr
+    results = train.main([*flags[:-1], str(tmp_path / 'one')])
+    assert json.loads((tmp_path / 'two' / 'results.json').read_text())['updates'] == results['updates'] == 2
+    one, two = (torch.load(tmp_path / name / 'last.pt', weights_only=True)['model'] for name in ('one', 'two'))
+    change = sum((one[name] - parameter).norm() for name, parameter in recogniser().named_parameters()
+                 if one[name].shape == parameter.shape)
+    assert sum((one[name] - two[name]).norm() for name in one if 'num_batches' not in name) < 0.01 * change
+
+
+def test_benchmark_prints_one_object(corpus, tmp_path, capsys):
+    result = train.main([*corpus, '--benchmark', '--json', '--run_dir', str(tmp_path / 'run')])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result and not (tmp_path / 'run').exists()
+    assert all(value > 0 for value in result.values()) and result['padding in training, %'] < 30
+    train.main([*corpus, '--benchmark'])
+    assert 'inference, batch 16' in capsys.readouterr().out
+
+
+class PackedLSTM(nn.LSTM):
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(super().forward(packed)[0], True, total_length=x.shape[1])[0]
+
+
+@slow
+@pytest.mark.parametrize('frames_per_output,times', [(4, 2), (1, 4)])
+def test_an_update_is_faster_than_in_textbook_form(frames_per_output, times, tmp_path, monkeypatch):
+    """The same network with nn.LSTM(bidirectional=True) on packed sequences and PyTorch's default memory format, on
+    the same batches of the built-in corpus: both get the same gradients, one gets them later."""
+    monkeypatch.chdir(tmp_path)
+    speech = data.Speech(data.read_corpus(data.builtin_corpus()['train'])[0], ['', ' ', *'efghilnorstuvwxz'])
+    batches = list(train.loader(speech, list(train.training_batches(speech.utterances, 8, 0, 1))[:12]))
+    ours = recogniser(vocab_size=18, frames_per_output=frames_per_output, dropout=0.0)
+    textbook = recogniser(vocab_size=18, frames_per_output=frames_per_output, dropout=0.0)
+    textbook.recurrent = nn.ModuleList(PackedLSTM(size, 256, batch_first=True, bidirectional=True) for size in (256, 512))
+    for layer, packed in zip(ours.recurrent, textbook.recurrent):
+        packed.load_state_dict({f'{name}{suffix}': weight for part, suffix in ((layer.ahead, ''), (layer.back, '_reverse'))
+                                for name, weight in part.state_dict().items()})
+    seconds = []
+    for network in ours, textbook:
+        as_it_is = network.features
+        if network is textbook:
+            network.to(memory_format=torch.contiguous_format)
+            monkeypatch.setattr(torch, 'channels_last', torch.contiguous_format)
+        tools = (*train.make_optimizer(network, train.parse_flags([]), 100), train.parse_flags([]),
+                 monitor.Gradients(network), monitor.Outputs(18, 1), lambda loss: None)
+        loss = train.train_epoch(network, batches[:1], *tools)
+        start = time.perf_counter()
+        train.train_epoch(network, batches, *tools)
+        seconds.append((time.perf_counter() - start, loss))
+    (ours, loss), (textbook, same) = seconds
+    print(f'textbook form {textbook:.1f} s, ours {ours:.1f} s: {textbook / ours:.1f} times')
+    assert same == pytest.approx(loss, rel=1e-4) and textbook > times * ours
+
+
+@slow
+def test_100_000_utterances_start_within_20_seconds(tmp_path, capsys):
+    """With durations in the manifest no file is opened before it is needed."""
+    wave, _ = data.synthesise('one two three four five six seven')
+    soundfile.write(tmp_path / 'one.wav', wave, 16000)
+    row = json.dumps({'audio_filepath': 'one.wav', 'duration': len(wave) / 16000, 'text': 'one two three four five six seven'})
+    sizes = []
+    for n in 100, 100_000:
+        (tmp_path / f'{n}.jsonl').write_text(f'{row}\n' * n)
+        start = time.perf_counter()
+        run = subprocess.run([sys.executable, train.__file__, '--train_data', str(tmp_path / f'{n}.jsonl'), '--benchmark',
+                              '--valid_data=none', '--json'], capture_output=True, text=True)
+        sizes.append(json.loads(run.stdout.splitlines()[-1])['peak memory, MB'])
+        seconds = time.perf_counter() - start
+    print(f'{seconds:.0f} s with 40 batches in six passes; peak memory {sizes[0]} MB for 100 utterances, {sizes[1]} MB')
 
 
 # ---- real recordings ----------------------------------------------------------------------------------------------

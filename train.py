@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import resource
 import shlex
 import shutil
 import sys
@@ -31,7 +32,7 @@ import model
 import monitor
 
 EVALUATION_BATCH = 16
-PAD_TO = 32  # frames; few different shapes are faster than exact ones
+PAD_TO = 16  # frames; few different shapes are faster than exact ones
 LISTEN_TO = 5000  # utterances; of more, files are decoded before training only with --skip_bad
 OVERFIT_UPDATES = 25  # at least, in an epoch of --overfit
 
@@ -48,19 +49,16 @@ def collate(items):
             indices)
 
 
-def epoch_batches(utterances, batch_size, seed, epoch):
-    """Batches of (epoch, index), every utterance once, of nearly equal lengths, in random order. Durations are
-    jittered by 10 % before sorting, so that an utterance meets others every epoch."""
-    rng = np.random.default_rng([seed, epoch])
-    order = np.argsort([u.duration for u in utterances] * rng.uniform(0.9, 1.1, len(utterances)), kind='stable')
-    batches = [[(epoch, int(i)) for i in order[k:k + batch_size]] for k in range(0, len(order), batch_size)]
-    rng.shuffle(batches)
-    return batches
-
-
-def training_batches(utterances, batch_size, seed, epochs):
+def training_batches(utterances, batch_size, seed, epochs, rank=0, ranks=1):
+    """Batches of (epoch, index), every utterance once an epoch, of nearly equal lengths, in random order: durations are
+    jittered by 5 % before sorting, so that an utterance meets others every epoch. Of several processes, each takes its
+    share of every batch, never an empty one."""
     for epoch in range(epochs):
-        yield from epoch_batches(utterances, batch_size, seed, epoch)
+        rng = np.random.default_rng([seed, epoch])
+        order = np.argsort([u.duration for u in utterances] * rng.uniform(0.95, 1.05, len(utterances)), kind='stable')
+        batches = [[(epoch, int(i)) for i in order[k:k + batch_size]] for k in range(0, len(order), batch_size)]
+        rng.shuffle(batches)
+        yield from (batch[rank::ranks] or batch[:1] for batch in batches)
 
 
 def length_batches(utterances, batch_size):
@@ -135,6 +133,8 @@ def parse_flags(argv=None):
     add = parser.add_argument_group('run').add_argument
     add('--run_dir', default=None, help='folder for the results; None: runs/ and the time')
     add('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
+    add('--benchmark', default=False, help='train nothing; measure the speed of all parts at these settings', **switch)
+    add('--json', default=False, help='with --benchmark: print it as one JSON object', **switch)
     return parser.parse_args(argv)
 
 
@@ -150,7 +150,7 @@ def make_optimizer(network, args, updates):
 
 
 def train_epoch(network, batches, optimizer, schedule, args, gradients, outputs, progress):
-    """One pass over the batches -> the mean training loss, in nats per label."""
+    """One pass over the batches -> the mean training loss, in nats per label (of several processes: of this one's)."""
     network.train()
     total, count = 0.0, 0
     for mels, lengths, targets, target_lengths, _ in batches:
@@ -210,7 +210,7 @@ def read_data(args, frames_per_output):
     for split, side in zip(given, sides):
         if not side and paths[split] != 'none':
             raise data.DataError(f'--{split}_data: no utterance of {paths[split] or paths["train"]} is left for it')
-    shared = {u.path.resolve() for u in sides[0]} & {u.path.resolve() for u in sides[1] + sides[2]}
+    shared = {os.path.abspath(u.path) for u in sides[0]} & {os.path.abspath(u.path) for u in sides[1] + sides[2]}
     if shared:
         print(f'{len(shared)} files of validation or test are in training too: their scores say nothing of new speech')
     if choice:
@@ -232,22 +232,63 @@ def plateau(utterances, alphabet, network):
                                  network.output_lengths(torch.tensor([u.frames for u in some])), len(alphabet))
 
 
-def run(args):
-    """Train and score as the flags say -> the contents of results.json. Raises DataError."""
-    run_dir = Path(args.run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
-    try:
-        if run_dir.exists() and any(path.name != 'config.json' for path in run_dir.iterdir()):  # of a run that failed
-            raise data.DataError(f'--run_dir {run_dir}: is not empty; name another folder')
-    except OSError as error:
-        raise data.DataError(f'--run_dir {run_dir}: cannot be used ({error.strerror}); name another folder') from None
+def benchmark(network, utterances, speech, args):
+    """Print how many seconds of audio a second pass, at the settings of args and on up to 40 batches of their data."""
+    batches = list(training_batches(utterances, args.batch_size, args.seed, 1))[:40]
+    some = [utterances[i] for batch in batches for _, i in batch]
+    once = {size: length_batches(some, size) for size in (1, EVALUATION_BATCH)}
+    tools = (*make_optimizer(network, args, 4 * len(batches)), args, monitor.Gradients(network),
+             monitor.Outputs(len(speech.alphabet), 1), lambda loss: None)
+
+    def load(batches, speech=speech):
+        return loader(speech, batches, args.workers)
+
+    @torch.no_grad()
+    def transcribe(size):
+        network.eval()
+        for mels, lengths, *_ in load(once[size], data.Speech(some, speech.alphabet)):
+            model.greedy_decode(*network(mels.to(args.device), lengths.to(args.device)))
+
+    def rate(work, *arguments):
+        for _ in range(2):  # the first time is slower: new shapes, cold files
+            start = time.perf_counter()
+            work(*arguments)
+        return round(sum(u.duration for u in some) / (time.perf_counter() - start), 1)
+
+    def waste(loaded):
+        return round(100 - 100 * sum(int(n.sum()) for _, n, *_ in loaded) / sum(m[..., 0].numel() for m, *_ in loaded), 1)
+
+    ready = list(load(batches))
+    result = {'features': rate(list, load(batches)), 'update': rate(train_epoch, network, ready, *tools),
+              'features and update': rate(train_epoch, network, load(batches), *tools),
+              **{f'inference, batch {size}': rate(transcribe, size) for size in once},
+              'padding in training, %': waste(ready),
+              'peak memory, MB': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+              'threads': torch.get_num_threads()}
+    print(json.dumps(result) if args.json else '\n'.join(f'{value:10}  {key}' for key, value in result.items()))
+    return result
+
+
+def run(args, rank=0, ranks=1):
+    """Train and score as the flags say -> the contents of results.json. Raises DataError. Of several processes, each
+    trains on its share of every batch; the first (rank 0) validates, prints and writes."""
+    # Gradients that fade through time become numbers below 1e-38, with which a CPU works 30 times slower: once the
+    # outputs are sharp, an update takes 2.5 times as long.
+    torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     try:
+        if ranks > 1 and (args.overfit or args.benchmark):
+            raise ValueError('--overfit and --benchmark are for one process; leave torchrun away')
         config = model.Config(1, **model.PRESETS[args.model] | {
             key: value for key, value in vars(args).items() if key in model.Config.__dataclass_fields__})
         torch.empty(0, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # a bad combination of flags; no such device
         raise data.DataError(f'flags: {error}') from None
-    train, valid, test = read_data(args, config.frames_per_output)
+    for turn in (True, False):  # the first process makes the built-in corpus
+        if turn == (rank == 0):
+            train, valid, test = read_data(args, config.frames_per_output)
+        if ranks > 1:
+            torch.distributed.barrier()
     alphabet = data.make_alphabet(train)
     config = replace(config, vocab_size=len(alphabet))
     network = model.Recogniser(config).to(args.device)
@@ -264,8 +305,14 @@ def run(args):
     updates, hours = math.ceil(len(train) / args.batch_size), sum(u.duration for u in train) / 3600
     passes = math.ceil(OVERFIT_UPDATES / updates) if args.overfit else 1  # over the data, in an epoch
     updates *= passes
-    batches = iter(loader(train_speech, training_batches(train, args.batch_size, args.seed, args.epochs * passes),
-                          args.workers))
+    if args.benchmark:
+        return benchmark(network, train, train_speech, args)
+    trained = network
+    if ranks > 1:  # all start from the first one's weights and average their gradients; each has dropout of its own
+        trained = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        torch.manual_seed(args.seed + rank)
+    batches = iter(loader(train_speech, training_batches(train, args.batch_size, args.seed, args.epochs * passes, rank,
+                                                         ranks), args.workers))
     optimizer, schedule = make_optimizer(network, args, updates * args.epochs)
     lines = plateau(train, alphabet, network)
     valid_lines = plateau(valid, alphabet, network) if valid else None
@@ -273,9 +320,13 @@ def run(args):
     print(f'{len(train)} utterances, {hours:.2f} hours, {len(alphabet)} symbols, {parameters:,} parameters; losses in '
           f'nats per label: uniform output {lines[0]:.2f}, constant output {lines[1]:.2f}')
 
+    run_dir = Path(args.run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / 'config.json').write_text(json.dumps(vars(args) | asdict(config), indent=1) + '\n')
+        if rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if any(path.name != 'config.json' for path in run_dir.iterdir()):  # that of a run that failed
+                raise data.DataError(f'--run_dir {run_dir}: is not empty; name another folder')
+            (run_dir / 'config.json').write_text(json.dumps(vars(args) | asdict(config), indent=1) + '\n')
     except OSError as error:
         raise data.DataError(f'--run_dir {run_dir}: cannot be made ({error.strerror}); name another folder') from None
     gradients = monitor.Gradients(network)
@@ -286,9 +337,11 @@ def run(args):
         start = time.time()
         learning_rate = schedule.get_last_lr()[0]
         gradients.reset(), outputs.reset()
-        train_loss = train_epoch(network, itertools.islice(batches, updates), optimizer, schedule, args,
+        train_loss = train_epoch(trained, itertools.islice(batches, updates), optimizer, schedule, args,
                                  gradients, outputs, progress)
         train_seconds += time.time() - start
+        if rank:
+            continue
         record = {'epoch': epoch, 'train_loss': train_loss, 'train_way': monitor.way(train_loss, lines),
                   'learning_rate': learning_rate, 'train_seconds': train_seconds,
                   **gradients.report(), **outputs.report()}
@@ -311,6 +364,8 @@ def run(args):
         if args.overfit and rates['cer'] == 0:
             break
 
+    if rank:
+        return None
     results = {'valid': best, 'test': None, 'updates': updates * epoch, 'train_seconds': train_seconds,
                'parameters': parameters, 'seed': args.seed}
     if test:
@@ -341,8 +396,14 @@ def run(args):
 
 def main(argv=None):
     args = parse_flags(argv)
+    rank, ranks = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1)))  # torchrun sets them
     try:
-        return run(args)
+        if ranks > 1:
+            torch.distributed.init_process_group('gloo' if args.device == 'cpu' else 'nccl')
+            args.device = args.device.replace('cuda', 'cuda:' + os.environ['LOCAL_RANK'], args.device == 'cuda')
+        if rank:
+            sys.stdout = sys.stderr = open(os.devnull, 'w')
+        return run(args, rank, ranks)
     except KeyboardInterrupt:
         sys.exit('train.py: stopped; epochs that were finished, if any, are in the run folder')
     except data.DataError as error:
