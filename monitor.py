@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -58,7 +57,10 @@ def error_rates(references, hypotheses):
 def plateau_lines(targets, lengths, vocab_size):
     """The losses, in nats per label, of a uniform output and of the best constant one, by F.ctc_loss itself; best
     over the blank's share, the rest by letter frequency (free letter shares gain less than 2 % more).
-    targets: lists of symbols; lengths: their output frames, (N,). A few hundred utterances are enough."""
+    targets: lists of symbols; lengths: their output frames, (N,). Of up to 500 utterances, those count that have labels
+    and frames enough; nan where none has."""
+    some = slice(None, None, math.ceil(len(targets) / 500))
+    targets, lengths = targets[some], lengths[some]
     letters = Counter(s for target in targets for s in target)
     frequency = torch.tensor([letters[s] for s in range(vocab_size)], dtype=torch.float64)
     frequency /= frequency.sum()
@@ -67,7 +69,8 @@ def plateau_lines(targets, lengths, vocab_size):
 
     def loss(distribution):
         frames = distribution.clamp_min(1e-30).log().expand(int(lengths.max()), len(targets), vocab_size)
-        return F.ctc_loss(frames, padded, lengths, target_lengths).item()
+        losses = F.ctc_loss(frames, padded, lengths, target_lengths, reduction='none') / target_lengths
+        return losses[losses.isfinite()].mean().item()
 
     def constant(blank):
         mixed = frequency * (1 - blank)
@@ -209,19 +212,12 @@ def diagnose(record):
 
 # ---- the report ---------------------------------------------------------------------------------------------------
 
-class Progress:
-    """A live line on a terminal: epoch, update, loss, time left."""
-
-    def __init__(self, epochs, updates):
-        self.epochs, self.updates, self.done, self.start = epochs, updates, 0, time.time()
-
-    def __call__(self, loss):
-        if sys.stderr.isatty():
-            epoch, update = divmod(self.done, self.updates)
-            left = int((time.time() - self.start) / (self.done + 1) * (self.epochs * self.updates - self.done - 1))
-            print(f'\repoch {epoch + 1}/{self.epochs}  update {update + 1}/{self.updates}  loss {loss:.3f}  '
-                  f'{left // 60} min {left % 60:02d} s left', end=CLEAR, file=sys.stderr, flush=True)
-        self.done += 1
+def progress(update, updates, loss, seconds):
+    """A live line on a terminal: updates done and to do in all, the epoch's loss so far, time left at seconds each."""
+    if sys.stderr.isatty():
+        left = int(seconds * (updates - update))
+        print(f'\rupdate {update}/{updates}  loss {loss:.3f}  {left // 60} min {left % 60:02d} s left',
+              end=CLEAR, file=sys.stderr, flush=True)
 
 
 def report(record, sentence):
@@ -253,8 +249,7 @@ def describe(train, valid, targets, alphabet, outputs):
     lengths = torch.tensor([u.duration for u in train])
     counts = Counter(''.join(u.text for u in train))
     unseen = {w for u in valid for w in u.text.split()} - {w for u in train for w in u.text.split()}
-    some = slice(None, None, math.ceil(len(train) / 500))
-    uniform, constant = plateau_lines(targets[some], outputs[some], len(alphabet))
+    uniform, constant = plateau_lines(targets, outputs, len(alphabet))
     quantiles = lengths.quantile(torch.tensor([0, 0.1, 0.5, 0.9, 1])).tolist()
     speakers = len({u.speaker for u in train} - {''}) or 'unknown'
     print(f'training    {len(train)} utterances, {lengths.sum() / 3600:.2f} hours, speakers: {speakers}')
@@ -286,10 +281,8 @@ def advice(log):
         yield 'how to go on: the plateau was never left. Can it learn ten utterances (train.py --overfit 10)?'
     elif last['nonfinite'] or (last['clipped'] > 0.9 and last['train_way'] < 1.1):
         yield 'how to go on: updates are lost or cut; halve --learning_rate'
-    elif 'wer' not in last:
-        yield 'how to go on: without validation nothing tells; train with --valid_data, or score --test_data'
-    elif last['wer'] == 0:
-        yield 'how to go on: nothing is left to learn from this validation set; take a harder one'
+    elif not last.get('wer'):
+        yield 'how to go on: without validation, or errors in it, nothing tells; take another --valid_data'
     elif last['valid_loss'] > 2 * last['train_loss']:
         yield ('how to go on: training is learnt better than validation; more data, --spec_augment, a higher --dropout,'
                ' more --epochs')
@@ -302,20 +295,12 @@ def main(argv=None):
     parser.add_argument('run', nargs='+', help='run folder of train.py')
     failed = False
     for run in parser.parse_args(argv).run:
-        file, log = Path(run) / 'log.jsonl', []
         try:
-            for number, line in enumerate(file.read_text().splitlines(), 1):
-                try:
-                    log.append(dict(json.loads(line)))
-                except (ValueError, TypeError):
-                    print(f'monitor.py: {file}:{number}: is no whole record and is left out', file=sys.stderr)
-                    failed = True
-            lines = list(table(log)) + list(advice(log))
+            log = [json.loads(line) for line in (Path(run) / 'log.jsonl').read_text().splitlines()]
+            print(run, *table(log), *advice(log), sep='\n')
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            print(f'monitor.py: {run}: is no run folder with the log.jsonl of train.py ({error!r})', file=sys.stderr)
+            print(f'monitor.py: {run}: holds no whole log.jsonl of train.py ({error!r})', file=sys.stderr)
             failed = True
-        else:
-            print(run, *lines, sep='\n')
     sys.exit(failed)
 
 

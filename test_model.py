@@ -911,8 +911,7 @@ def test_checkpoints_and_runs_describe_themselves(by_heart, first_run, tmp_path,
     with pytest.raises(SystemExit, match='True'):
         monitor.main([str(tmp_path / 'none'), str(tmp_path)])
     captured = capsys.readouterr()
-    assert 'none: is no run folder' in captured.err and 'log.jsonl:3: is no whole record' in captured.err
-    assert len(captured.out.splitlines()) >= 5
+    assert captured.err.count('holds no whole log.jsonl') == 2
 
 
 def test_overfit_gives_a_verdict(by_heart, tmp_path, corpus, capsys):
@@ -988,7 +987,7 @@ def test_an_update_is_faster_than_in_textbook_form(frames_per_output, times, tmp
             network.to(memory_format=torch.contiguous_format)
             monkeypatch.setattr(torch, 'channels_last', torch.contiguous_format)
         tools = (*train.make_optimizer(network, train.parse_flags([]), 100), train.parse_flags([]),
-                 monitor.Gradients(network), monitor.Outputs(18, 1), lambda loss: None)
+                 monitor.Gradients(network), monitor.Outputs(18, 1), lambda *_: None)
         loss = train.train_epoch(network, batches[:1], *tools)
         start = time.perf_counter()
         train.train_epoch(network, batches, *tools)

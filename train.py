@@ -149,11 +149,11 @@ def make_optimizer(network, args, updates):
     return optimizer, schedule
 
 
-def train_epoch(network, batches, optimizer, schedule, args, gradients, outputs, progress):
+def train_epoch(network, batches, optimizer, schedule, args, gradients, outputs, progress=monitor.progress):
     """One pass over the batches -> the mean training loss, in nats per label (of several processes: of this one's)."""
     network.train()
-    total, count = 0.0, 0
-    for mels, lengths, targets, target_lengths, _ in batches:
+    total, count, start = 0.0, 0, time.time()
+    for n, (mels, lengths, targets, target_lengths, _) in enumerate(batches, 1):
         log_probs, lengths = network(mels.to(args.device), lengths.to(args.device))
         # 'mean' divides each utterance's loss by its number of labels, then averages: nats per label.
         loss = F.ctc_loss(log_probs.transpose(0, 1), targets.to(args.device), lengths, target_lengths.to(args.device),
@@ -167,7 +167,7 @@ def train_epoch(network, batches, optimizer, schedule, args, gradients, outputs,
             schedule.step()
         total, count = total + loss.item() * len(mels), count + len(mels)
         outputs.add(log_probs, lengths, target_lengths)
-        progress(total / count)
+        progress(schedule.last_epoch, schedule.total_steps, total / count, (time.time() - start) / n)
     return total / count
 
 
@@ -222,14 +222,13 @@ def read_data(args, frames_per_output):
 
 
 def plateau(utterances, alphabet, network):
-    """(uniform, constant) losses of these utterances, of up to 500 of them as far as CTC can align them."""
-    some = [u for u in utterances[::math.ceil(len(utterances) / 500)] if data.encode(u.text, alphabet)
-            and not data.unlearnable([u], alphabet, network.config.frames_per_output)]
-    if not some:
+    """(uniform, constant) losses of these utterances in nats per label."""
+    lines = monitor.plateau_lines([data.encode(u.text, alphabet) for u in utterances],
+                                  network.output_lengths(torch.tensor([u.frames for u in utterances])), len(alphabet))
+    if math.isnan(lines[0]):
         raise data.DataError(f'{utterances[0].where}: no utterance of this manifest both is spelled in the training '
                              "transcripts' alphabet and lasts long enough for its text")
-    return monitor.plateau_lines([data.encode(u.text, alphabet) for u in some],
-                                 network.output_lengths(torch.tensor([u.frames for u in some])), len(alphabet))
+    return lines
 
 
 def benchmark(network, utterances, speech, args):
@@ -238,7 +237,7 @@ def benchmark(network, utterances, speech, args):
     some = [utterances[i] for batch in batches for _, i in batch]
     once = {size: length_batches(some, size) for size in (1, EVALUATION_BATCH)}
     tools = (*make_optimizer(network, args, 4 * len(batches)), args, monitor.Gradients(network),
-             monitor.Outputs(len(speech.alphabet), 1), lambda loss: None)
+             monitor.Outputs(len(speech.alphabet), 1), lambda *_: None)
 
     def load(batches, speech=speech):
         return loader(speech, batches, args.workers)
@@ -332,13 +331,13 @@ def run(args, rank=0, ranks=1):
     gradients = monitor.Gradients(network)
     outputs = monitor.Outputs(len(alphabet), monitor.letter_entropy([data.encode(u.text, alphabet) for u in train]))
     kept, shown = run_dir / 'last.pt', []
-    progress, train_seconds, best = monitor.Progress(args.epochs, updates), 0.0, None
+    train_seconds, best = 0.0, None
     for epoch in range(1, args.epochs + 1):
         start = time.time()
         learning_rate = schedule.get_last_lr()[0]
         gradients.reset(), outputs.reset()
         train_loss = train_epoch(trained, itertools.islice(batches, updates), optimizer, schedule, args,
-                                 gradients, outputs, progress)
+                                 gradients, outputs)
         train_seconds += time.time() - start
         if rank:
             continue
