@@ -65,19 +65,15 @@ class Config:
     init: str = 'fixed'              # or 'before'
 
     def __post_init__(self):
-        if self.frames_per_output not in (1, 2, 4):
-            raise ValueError(f'frames_per_output is {self.frames_per_output}: use 1, 2 or 4')
-        if not 1 <= self.blocks <= len(TABLE_2):
-            raise ValueError(f'blocks is {self.blocks}: use 1 to {len(TABLE_2)}')
-        if self.upsample not in ('interpolate', 'transpose') or self.init not in ('fixed', 'before'):
-            raise ValueError(f'upsample is {self.upsample}, init {self.init}: see Config for what there is')
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f'dropout is {self.dropout}: use 0 to less than 1')
-        if self.early_path and self.upsample == 'transpose':
-            raise ValueError('early_path needs interpolation: a transposed convolution has another length')
+        for good, mend in ((self.frames_per_output in (1, 2, 4), 'frames_per_output is 1, 2 or 4'),
+                           (1 <= self.blocks <= len(TABLE_2), f'blocks is 1 to {len(TABLE_2)}'),
+                           (0 <= self.dropout < 1, 'dropout is 0 to less than 1'),
+                           (not self.early_path or self.upsample == 'interpolate', 'early_path needs interpolation')):
+            if not good:
+                raise ValueError(mend)
 
 
-LITERAL = {'blocks': 11, 'frames_per_output': 1, 'zero_init_residual': False, 'early_path': False}
+LITERAL = {'blocks': 11, 'frames_per_output': 1, 'early_path': False}
 PRESETS = {
     'fixed': {},
     # The original's fixed network taken literally: one output for every mel frame, blocks that do not start as

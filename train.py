@@ -9,6 +9,7 @@ last.pt, and at the end results.json and clip.wav, a recording to transcribe. Lo
 utterance's negative log-likelihood divided by its number of labels, averaged over utterances.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -79,18 +80,16 @@ def loader(speech, batches, workers=0):
 def number(kind, low):
     """An argparse type: int or float, not below low, small enough for a float to count it."""
     def parse(text):
-        value = kind(text)
-        if not low <= value < 2 ** 53:
+        if not low <= kind(text) < 2 ** 53:
             raise argparse.ArgumentTypeError(f'{text} is not between {low} and 2^53')
-        return value
+        return kind(text)
     parse.__name__ = kind.__name__
     return parse
 
 
 def parse_flags(argv=None):
     parser = argparse.ArgumentParser(description='Train a MobileNetV3 + BiLSTM + CTC speech recogniser.',
-                                     allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch, absent = {'action': argparse.BooleanOptionalAction}, {'default': argparse.SUPPRESS}
     count, positive, amount = number(int, 0), number(int, 1), number(float, 0)
     add = parser.add_argument_group('data').add_argument
@@ -99,12 +98,9 @@ def parse_flags(argv=None):
     add('--valid_data', help='corpus that chooses best.pt; unset: a tenth of the training data, other speakers if ten '
         'are known; none: train on everything, keep the last checkpoint')
     add('--test_data', help='corpus scored once, at the end; unset or none: no test')
-    add('--skip_bad', default=False, help='leave out utterances that cannot be used; without it, they end the run '
-        'before it starts', **switch)
-    add('--overfit', type=count, default=0,
-        help='learn N training utterances by heart, without augmentation, and score those; 0: train as usual')
-    add('--num_train_samples', type=count, default=0,
-        help='train on the first N utterances after a seeded shuffle; 0: all')
+    add('--skip_bad', default=False, help='leave out utterances that cannot be used, which else end the run', **switch)
+    add('--overfit', type=count, default=0, help='learn N utterances by heart, without augmentation; 0: train as usual')
+    add('--num_train_samples', type=count, default=0, help='train on N utterances, drawn by the seed; 0: all')
     add('--spec_augment', default=False, help='mask bands and stretches of time in training', **switch)
     add('--speed_perturb', default=True, help='play at 0.9 to 1.1 times the speed in training', **switch)
     add('--workers', type=count, default=0, help='processes that load audio; 0: the training process itself')
@@ -117,19 +113,16 @@ def parse_flags(argv=None):
     add('--seed', type=count, default=0, help='of hold-out, subset, initialisation, order, augmentation, dropout')
     fixed = model.Config(1)
     add = parser.add_argument_group('model').add_argument
-    add('--model', choices=model.PRESETS, default='fixed',
-        help="fixed: ours; literal: the original's fixed network alone; before: its network before the fixes (the "
-             'training loop is the same for all). The flags below change single settings of it; their values for '
-             'fixed stand in brackets')
+    add('--model', choices=model.PRESETS, default='fixed', help="fixed: ours; literal: the original's fixed network; "
+        'before: its network before the fixes. The flags below change single settings; in brackets those of fixed')
     add('--blocks', type=positive, help=f'of MobileNetV3-Small, 1 to 11 [{fixed.blocks}]', **absent)
-    add('--frames_per_output', type=positive,
-        help=f'mel frames of 10 ms for each output: 1, 2 or 4 [{fixed.frames_per_output}]', **absent)
+    add('--frames_per_output', type=positive, help=f'frames of 10 ms: 1, 2 or 4 [{fixed.frames_per_output}]', **absent)
+    add('--hidden', type=positive, help=f'LSTM units in each direction [{fixed.hidden}]', **absent)
     add('--dropout', type=amount, help=f'before each LSTM layer and the head; 0: none [{fixed.dropout}]', **absent)
-    add('--zero_init_residual', help=f'residual blocks start as identities [{fixed.zero_init_residual}]',
-        **switch, **absent)
-    add('--early_path', help="with 4 blocks or more: add block 3's features to the deep ones "
-        f'[{fixed.early_path}]', **switch, **absent)
-    add('--squeeze_excite', help=f"MobileNetV3's channel gates [{fixed.squeeze_excite}]", **switch, **absent)
+    for flag, what in (('zero_init_residual', 'residual blocks start as identities'),
+                       ('early_path', "with 4 blocks or more: add block 3's features to the deep ones"),
+                       ('squeeze_excite', "MobileNetV3's channel gates")):
+        add(f'--{flag}', help=f'{what} [{getattr(fixed, flag)}]', **switch, **absent)
     add = parser.add_argument_group('run').add_argument
     add('--run_dir', default=None, help='folder for the results; None: runs/ and the time')
     add('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
@@ -215,10 +208,9 @@ def read_data(args, frames_per_output):
         print(f'{len(shared)} files of validation or test are in training too: their scores say nothing of new speech')
     if choice:
         print(choice)
-    train, valid, test = sides
-    random.Random(args.seed).shuffle(train)
-    train = train[:args.num_train_samples or None]
-    return (train[:args.overfit], train[:args.overfit], []) if args.overfit else (train, valid, test)
+    random.Random(args.seed).shuffle(sides[0])
+    train = sides[0][:args.overfit or args.num_train_samples or None]
+    return (train, train, []) if args.overfit else (train, *sides[1:])
 
 
 def plateau(utterances, alphabet, network):
@@ -232,20 +224,16 @@ def plateau(utterances, alphabet, network):
 
 
 def benchmark(network, utterances, speech, args):
-    """Print how many seconds of audio a second pass, at the settings of args and on up to 40 batches of their data."""
+    """Print the seconds of audio that pass in a second, at the settings of args and on 40 batches of their data."""
     batches = list(training_batches(utterances, args.batch_size, args.seed, 1))[:40]
-    some = [utterances[i] for batch in batches for _, i in batch]
-    once = {size: length_batches(some, size) for size in (1, EVALUATION_BATCH)}
+    some, fresh = [utterances[i] for batch in batches for _, i in batch], loader(speech, batches, args.workers)
     tools = (*make_optimizer(network, args, 4 * len(batches)), args, monitor.Gradients(network),
              monitor.Outputs(len(speech.alphabet), 1), lambda *_: None)
-
-    def load(batches, speech=speech):
-        return loader(speech, batches, args.workers)
 
     @torch.no_grad()
     def transcribe(size):
         network.eval()
-        for mels, lengths, *_ in load(once[size], data.Speech(some, speech.alphabet)):
+        for mels, lengths, *_ in loader(data.Speech(some, speech.alphabet), length_batches(some, size), args.workers):
             model.greedy_decode(*network(mels.to(args.device), lengths.to(args.device)))
 
     def rate(work, *arguments):
@@ -254,14 +242,12 @@ def benchmark(network, utterances, speech, args):
             work(*arguments)
         return round(sum(u.duration for u in some) / (time.perf_counter() - start), 1)
 
-    def waste(loaded):
-        return round(100 - 100 * sum(int(n.sum()) for _, n, *_ in loaded) / sum(m[..., 0].numel() for m, *_ in loaded), 1)
-
-    ready = list(load(batches))
-    result = {'features': rate(list, load(batches)), 'update': rate(train_epoch, network, ready, *tools),
-              'features and update': rate(train_epoch, network, load(batches), *tools),
-              **{f'inference, batch {size}': rate(transcribe, size) for size in once},
-              'padding in training, %': waste(ready),
+    ready = list(fresh)
+    padded, frames = (sum(sizes) for sizes in zip(*((m[..., 0].numel(), int(n.sum())) for m, n, *_ in ready)))
+    result = {'features': rate(list, fresh), 'update': rate(train_epoch, network, ready, *tools),
+              'features and update': rate(train_epoch, network, fresh, *tools),
+              **{f'inference, batch {size}': rate(transcribe, size) for size in (1, EVALUATION_BATCH)},
+              'padding in training, %': round(100 - 100 * frames / padded, 1),
               'peak memory, MB': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
               'threads': torch.get_num_threads()}
     print(json.dumps(result) if args.json else '\n'.join(f'{value:10}  {key}' for key, value in result.items()))
@@ -296,16 +282,14 @@ def run(args, rank=0, ranks=1):
         print('validation or test has characters that training lacks, so each is an error:', *map(repr, sorted(unseen)))
     coarse = data.unlearnable(train, alphabet, network.stride)
     if coarse:
-        print(f"{len(coarse)} of {len(train)} utterances have fewer frames on the backbone's coarsest grid "
-              f'({10 * network.stride} ms) than CTC needs; upsampling hides that:', *(u.path.name for u in coarse))
+        print(f'{len(coarse)} utterances have fewer frames of {10 * network.stride} ms, the coarsest grid, than CTC '
+              'needs; upsampling hides that:', *(u.path.name for u in coarse))
     augment = not args.overfit
     train_speech = data.Speech(train, alphabet, config.frames_per_output, args.seed, augment and args.spec_augment,
                                augment and args.speed_perturb)
     updates, hours = math.ceil(len(train) / args.batch_size), sum(u.duration for u in train) / 3600
     passes = math.ceil(OVERFIT_UPDATES / updates) if args.overfit else 1  # over the data, in an epoch
     updates *= passes
-    if args.benchmark:
-        return benchmark(network, train, train_speech, args)
     trained = network
     if ranks > 1:  # all start from the first one's weights and average their gradients; each has dropout of its own
         trained = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
@@ -318,6 +302,8 @@ def run(args, rank=0, ranks=1):
     parameters = sum(p.numel() for p in network.parameters())
     print(f'{len(train)} utterances, {hours:.2f} hours, {len(alphabet)} symbols, {parameters:,} parameters; losses in '
           f'nats per label: uniform output {lines[0]:.2f}, constant output {lines[1]:.2f}')
+    if args.benchmark:
+        return benchmark(network, train, train_speech, args)
 
     run_dir = Path(args.run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
     try:
@@ -377,7 +363,8 @@ def run(args, rank=0, ranks=1):
     for part in ('valid', 'test'):
         if results[part]:
             print('{}: WER {wer:.2f} % ({substitutions} S, {insertions} I, {deletions} D in {words} words of '
-                  '{utterances} utterances), CER {cer:.2f} %'.format(part, **results[part]))
+                  '{utterances} utterances; 95 %: {interval[0]:.1f} to {interval[1]:.1f}), '
+                  'CER {cer:.2f} %'.format(part, **results[part]))
     if args.overfit and best['cer']:
         raise data.DataError(f'NOT LEARNT: {len(valid)} utterances, {updates * epoch} updates, CER {best["cer"]:.1f}; '
                              'read the warnings above. Are audio and text of the same utterance?')
@@ -399,10 +386,9 @@ def main(argv=None):
     try:
         if ranks > 1:
             torch.distributed.init_process_group('gloo' if args.device == 'cpu' else 'nccl')
-            args.device = args.device.replace('cuda', 'cuda:' + os.environ['LOCAL_RANK'], args.device == 'cuda')
-        if rank:
-            sys.stdout = sys.stderr = open(os.devnull, 'w')
-        return run(args, rank, ranks)
+            args.device = args.device if args.device == 'cpu' else f'cuda:{os.environ["LOCAL_RANK"]}'
+        with contextlib.redirect_stdout(open(os.devnull, 'w') if rank else sys.stdout):
+            return run(args, rank, ranks)
     except KeyboardInterrupt:
         sys.exit('train.py: stopped; epochs that were finished, if any, are in the run folder')
     except data.DataError as error:
