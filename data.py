@@ -298,7 +298,7 @@ PHONES = {name: np.array(row, float) for name, *row in map(str.split, re.split(r
   ao 570  840 2410   0 -99   4   1 110 |f  340 1100 2080 -99 -28   6   2  95 |k  300 1990 2850 -99 -19   2 0.4  35
   uh 440 1020 2240   0 -99   4   1  80 |v  220 1100 2080 -10 -32   6   2  55 |g  200 1990 2850  -8 -24   2 0.4  25'''))}
 STEP = 64  # samples, 4 ms: how often the filter moves
-SPLITS = {'train': (0, 300, 600), 'valid': (300, 12, 60), 'test': (312, 24, 120)}  # first speaker, speakers, clips
+SPLITS = {'train': (336, 500, 1000), 'valid': (300, 12, 60), 'test': (312, 24, 120)}  # first speaker, speakers, clips
 
 
 def synthesise(text, speaker=0, seed=0):

@@ -76,8 +76,7 @@ class Config:
 LITERAL = {'blocks': 11, 'frames_per_output': 1, 'early_path': False}
 PRESETS = {
     'fixed': {},
-    # The original's fixed network taken literally: one output for every mel frame, blocks that do not start as
-    # identities, no early path.
+    # The original's fixed network taken literally: one output for every mel frame, no early path.
     'literal': LITERAL,
     # Its network before the fixes, a month at 93 % word error rate (then with another training loop too).
     'before': LITERAL | {'squeeze_excite': True, 'upsample': 'transpose', 'dropout': 0.3, 'init': 'before'},
@@ -89,8 +88,7 @@ PRESETS = {
 def mask_time(x, lengths):
     """Zero x (B, C, T, F) from each clip's length on: before a convolution, padding must equal the zeros
     that the convolution itself pads a clip alone with. Batch norm and activations make it non-zero again."""
-    valid = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
-    return x * valid[:, None, :, None]
+    return x * (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None, :, None]
 
 
 def mean_over_time(x, lengths):
@@ -292,10 +290,9 @@ def init_weights(model):
             module.bias_ih_l0.data[module.hidden_size:2 * module.hidden_size] = 1
     if fixed:
         nn.init.xavier_uniform_(model.head.weight)
-    if model.config.zero_init_residual:
-        for block in model.blocks:
-            if block.residual:
-                nn.init.zeros_(block.project[1].weight)
+    for block in model.blocks if model.config.zero_init_residual else ():
+        if block.residual:
+            nn.init.zeros_(block.project[1].weight)
 
 
 def greedy_decode(log_probs, lengths):

@@ -77,22 +77,15 @@ def plateau_lines(targets, lengths, vocab_size):
         return losses[losses.isfinite()].mean().item()
 
     def constant(blank):
-        mixed = frequency * (1 - blank)
-        mixed[0] = blank
-        return loss(mixed)
+        return loss(torch.cat([torch.tensor([blank], dtype=torch.float64), frequency[1:] * (1 - blank)]))
 
-    low, high = 0.0, 1.0  # golden section; the loss is unimodal in the blank's share
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(20):
-        a, b = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, b) if constant(a) < constant(b) else (a, high)
-    return loss(torch.full((vocab_size,), 1 / vocab_size, dtype=torch.float64)), constant((low + high) / 2)
+    uniform = torch.full((vocab_size,), 1 / vocab_size, dtype=torch.float64)
+    return loss(uniform), min(constant(share / 50) for share in range(50))
 
 
 def way(loss, lines):
     """Share of the way from the uniform line (0) to the constant one (1). Reaching 1 is not learning; passing it is."""
-    uniform, constant = lines
-    return (uniform - loss) / (uniform - constant)
+    return (lines[0] - loss) / (lines[0] - lines[1])
 
 
 # ---- gradients and outputs ----------------------------------------------------------------------------------------
@@ -125,8 +118,7 @@ class Gradients:
             self.norms[part].append(norm.item())
         if maximum and total > maximum:
             self.clipped += 1
-            everything = [p for group in self.groups.values() for p in group]
-            torch.nn.utils.clip_grads_with_norm_(everything, maximum, total)
+            torch.nn.utils.clip_grads_with_norm_(sum(self.groups.values(), []), maximum, total)
         return True
 
     def report(self):
@@ -227,9 +219,8 @@ def report(record, sentence):
     """The terminal's lines for one epoch; sentence: (index, said, heard, strip), or None without validation."""
     valid = '  valid {valid_loss:.3f}  WER {wer:.1f} %  CER {cer:.1f} %' if sentence else ''
     print(('{clear}epoch {epoch:3d}  {train_seconds:4.0f} s  loss {train_loss:.3f} ({train_way:.0%} of the way from '
-           'uniform to constant output)' + valid).format(clear='\r' + CLEAR if sys.stderr.isatty() else '', **record))
-    for warning in record['warnings']:
-        print(f'    ! {warning}')
+           'uniform to constant output)' + valid).format(clear='\r' + CLEAR if sys.stderr.isatty() else '', **record),
+          *record['warnings'], sep='\n    ! ')
     if sentence:
         print('     said {1}\n    heard {2}\n          {3}'.format(*sentence), flush=True)
 

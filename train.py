@@ -284,9 +284,8 @@ def run(args, rank=0, ranks=1):
     if coarse:
         print(f'{len(coarse)} utterances have fewer frames of {10 * network.stride} ms, the coarsest grid, than CTC '
               'needs; upsampling hides that:', *(u.path.name for u in coarse))
-    augment = not args.overfit
-    train_speech = data.Speech(train, alphabet, config.frames_per_output, args.seed, augment and args.spec_augment,
-                               augment and args.speed_perturb)
+    flags = (not args.overfit and flag for flag in (args.spec_augment, args.speed_perturb))
+    train_speech = data.Speech(train, alphabet, config.frames_per_output, args.seed, *flags)
     updates, hours = math.ceil(len(train) / args.batch_size), sum(u.duration for u in train) / 3600
     passes = math.ceil(OVERFIT_UPDATES / updates) if args.overfit else 1  # over the data, in an epoch
     updates *= passes
@@ -330,12 +329,11 @@ def run(args, rank=0, ranks=1):
         record = {'epoch': epoch, 'train_loss': train_loss, 'train_way': monitor.way(train_loss, lines),
                   'learning_rate': learning_rate, 'train_seconds': train_seconds,
                   **gradients.report(), **outputs.report()}
-        rates, sentence = None, None
+        rates, sentences = None, [None]
         if valid:
             valid_loss, rates, sentences = evaluate(network, data.Speech(valid, alphabet), args)
             record |= {'valid_loss': valid_loss, 'valid_way': monitor.way(valid_loss, valid_lines),
                        'wer': rates['wer'], 'cer': rates['cer']}
-            sentence = sentences[epoch % len(sentences)]
         record['warnings'] = monitor.diagnose(record)
         with open(run_dir / 'log.jsonl', 'a') as log:
             print(json.dumps(record), file=log)
@@ -345,7 +343,7 @@ def run(args, rank=0, ranks=1):
         if valid and (best is None or (rates['wer'], rates['cer']) <= (best['wer'], best['cer'])):  # equal: later
             best, kept, shown = rates, run_dir / 'best.pt', sentences
             shutil.copy(run_dir / 'last.pt', kept)
-        monitor.report(record, sentence)
+        monitor.report(record, sentences[epoch % len(sentences)])
         if args.overfit and rates['cer'] == 0:
             break
 
