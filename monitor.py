@@ -215,12 +215,17 @@ def progress(update, updates, loss, seconds):
               end=CLEAR, file=sys.stderr, flush=True)
 
 
+def line(record):
+    """A record of the log -> a line, the epoch's warnings beneath; the way is that from uniform to constant output."""
+    valid = '  valid {valid_loss:.3f}  WER {wer:.1f} %  CER {cer:.1f} %' if 'wer' in record else ''
+    text = ('epoch {epoch:3d}  {train_seconds:4.0f} s  loss {train_loss:.3f}, {train_way:.0%} of the way' + valid
+            + '  gradient {grad_norm:.2f}  blank {blank:.0%}  dependence {dependence_share:.2f}').format(**record)
+    return '\n    ! '.join([text, *record['warnings']])
+
+
 def report(record, sentence):
     """The terminal's lines for one epoch; sentence: (index, said, heard, strip), or None without validation."""
-    valid = '  valid {valid_loss:.3f}  WER {wer:.1f} %  CER {cer:.1f} %' if sentence else ''
-    print(('{clear}epoch {epoch:3d}  {train_seconds:4.0f} s  loss {train_loss:.3f} ({train_way:.0%} of the way from '
-           'uniform to constant output)' + valid).format(clear='\r' + CLEAR if sys.stderr.isatty() else '', **record),
-          *record['warnings'], sep='\n    ! ')
+    print(('\r' + CLEAR if sys.stderr.isatty() else '') + line(record))
     if sentence:
         print('     said {1}\n    heard {2}\n          {3}'.format(*sentence), flush=True)
 
@@ -255,16 +260,6 @@ def describe(train, valid, targets, alphabet, outputs):
     print(f'validation  {len(valid)} utterances; {len(unseen)} of their words are not in training:', *sorted(unseen))
 
 
-def table(log):
-    """The records of a log.jsonl -> a line for each epoch, its warnings beneath."""
-    yield 'epoch  seconds  train   way  valid    WER    CER  gradient  clipped  blank  dependence'
-    for r in log:
-        yield ('{epoch:5d} {train_seconds:8.0f} {train_loss:6.3f} {train_way:5.0%} {valid_loss:6.3f} {wer:6.2f} '
-               '{cer:6.2f} {grad_norm:9.2f} {clipped:8.0%} {blank:6.0%} {dependence_share:11.2f}').format(
-                   **{'valid_loss': math.nan, 'wer': math.nan, 'cer': math.nan} | r)
-        yield from (f'      ! {warning}' for warning in r['warnings'])
-
-
 def advice(log):
     """The records of a log.jsonl -> where it ended and how to go on, in words."""
     last = log[-1]
@@ -291,7 +286,7 @@ def main(argv=None):
     for run in parser.parse_args(argv).run:
         try:
             log = [json.loads(line) for line in (Path(run) / 'log.jsonl').read_text().splitlines()]
-            print(run, *table(log), *advice(log), sep='\n')
+            print(run, *map(line, log), *advice(log), sep='\n')
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             print(f'monitor.py: {run}: holds no whole log.jsonl of train.py ({error!r})', file=sys.stderr)
             failed = True
