@@ -101,7 +101,7 @@ class Gradients:
         self.reset()
 
     def reset(self):
-        self.norms, self.totals = {part: [] for part in self.groups}, []
+        self.norms = {part: [] for part in (*self.groups, 'norm')}  # 'norm': of all parts together
         self.clipped, self.nonfinite, self.updates = 0, 0, 0
 
     def clip(self, maximum):
@@ -113,8 +113,7 @@ class Gradients:
         if not torch.isfinite(total):
             self.nonfinite += 1
             return False
-        self.totals.append(total.item())
-        for part, norm in norms.items():
+        for part, norm in (norms | {'norm': total}).items():
             self.norms[part].append(norm.item())
         if maximum and total > maximum:
             self.clipped += 1
@@ -123,10 +122,9 @@ class Gradients:
 
     def report(self):
         """Mean norm in all and by part, share of clipped updates, number of non-finite ones."""
-        n = max(1, len(self.totals))
-        return {'grad_norm': sum(self.totals) / n, 'grad_norm_max': max(self.totals, default=0),
-                **{f'grad_{part}': sum(norms) / n for part, norms in self.norms.items()},
-                'clipped': self.clipped / max(1, self.updates), 'nonfinite': self.nonfinite}
+        mean = {f'grad_{part}': sum(norms) / max(1, len(norms)) for part, norms in self.norms.items()}
+        return mean | {'grad_norm_max': max(self.norms['norm'], default=0), 'nonfinite': self.nonfinite,
+                       'clipped': self.clipped / max(1, self.updates)}
 
 
 def letter_entropy(targets):

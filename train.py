@@ -45,9 +45,8 @@ def collate(items):
     mels, targets, indices = zip(*items)
     longest = math.ceil(max(map(len, mels)) / PAD_TO) * PAD_TO
     batch = torch.stack([F.pad(m, (0, 0, 0, longest - len(m))) for m in mels])[:, None]
-    return (batch, torch.tensor([len(m) for m in mels]),
-            torch.nn.utils.rnn.pad_sequence(targets, batch_first=True), torch.tensor([len(t) for t in targets]),
-            indices)
+    lengths, target_lengths = (torch.tensor([len(x) for x in xs]) for xs in (mels, targets))
+    return batch, lengths, torch.nn.utils.rnn.pad_sequence(targets, batch_first=True), target_lengths, indices
 
 
 def training_batches(utterances, batch_size, seed, epochs, rank=0, ranks=1):
@@ -200,9 +199,8 @@ def read_data(args, frames_per_output):
         raise data.DataError('\n'.join([*faults.values(), f'{len(faults)} broken; --skip_bad trains without them']))
     if faults:
         print(*faults.values(), f'{len(faults)} broken utterances are left out', sep='\n')
-    for split, side in zip(given, sides):
-        if not side and paths[split] != 'none':
-            raise data.DataError(f'--{split}_data: no utterance of {paths[split] or paths["train"]} is left for it')
+    for split in (split for split, side in zip(given, sides) if not side and paths[split] != 'none'):
+        raise data.DataError(f'--{split}_data: no utterance of {paths[split] or paths["train"]} is left for it')
     shared = {os.path.abspath(u.path) for u in sides[0]} & {os.path.abspath(u.path) for u in sides[1] + sides[2]}
     if shared:
         print(f'{len(shared)} files of validation or test are in training too: their scores say nothing of new speech')
