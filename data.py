@@ -58,8 +58,7 @@ def resample(wave, rate, new_rate):
     zeros, at the lower of the two Nyquist frequencies. Rates are whole numbers of any unit."""
     if rate == new_rate:
         return wave
-    divisor = math.gcd(rate, new_rate)
-    up, down = new_rate // divisor, rate // divisor
+    up, down = (r // math.gcd(rate, new_rate) for r in (new_rate, rate))
     # Whole blocks keep the ratio exact, 32 at a time the transform fast; the zeros keep the end off the beginning.
     blocks = math.ceil((len(wave) + 512) / down / 32) * 32
     spectrum = torch.fft.rfft(wave, n=blocks * down)
@@ -262,8 +261,7 @@ def gather(train, valid=None, test=None, seed=0, frames_per_output=4, most=math.
     for path, split in (train, 'train'), (valid, 'valid'), (test, 'test'):
         utterances, more = read_corpus(path, split) if split == 'train' or path not in (None, 'none') else ([], {})
         sides, faults = sides + [utterances], faults | more
-    everything = sum(sides, [])
-    for u in everything if len(everything) <= most else ():
+    for u in sum(sides, []) if sum(map(len, sides)) <= most else ():
         try:
             wave, rate = load(u)
             u.duration = len(wave) / rate
@@ -397,23 +395,24 @@ class Speech(torch.utils.data.Dataset):
         self.utterances, self.alphabet, self.frames_per_output = utterances, alphabet, frames_per_output
         self.seed, self.spec_augment, self.speed_perturb = seed, spec_augment, speed_perturb
 
+    def rng(self, epoch, index):
+        u = self.utterances[index]  # name and text: an utterance keeps its augmentation in a subset or in another order
+        return np.random.default_rng([self.seed, epoch, zlib.crc32(f'{u.path.stem} {u.text}'.encode())])
+
+    def speed(self, epoch, index):
+        """In per cent of the recording's own; batches are made of utterances that are then of nearly equal lengths."""
+        return int(self.rng(epoch, index).choice(SPEEDS)) if self.speed_perturb else 100
+
     def __getitem__(self, item):
-        epoch, index = item
-        u = self.utterances[index]
-        target = encode(u.text, self.alphabet)
-        # Name and text, not the index: an utterance keeps its augmentation in a subset or in another order.
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(f'{u.path.stem} {u.text}'.encode())])
-        wave = resample(*load(u), SAMPLE_RATE)
+        u, speed = self.utterances[item[1]], self.speed(*item)
+        target, wave = encode(u.text, self.alphabet), resample(*load(u), SAMPLE_RATE)
         shortest = (frames_needed(target) - 1) * self.frames_per_output * HOP  # samples that CTC needs more than
         if len(wave) <= shortest:
             raise DataError(f'{u.where}: {u.path} is too short for its {len(target)} labels; mend or remove it')
-        speed = int(rng.choice(SPEEDS))
-        if self.speed_perturb and len(wave) * 100 / speed > shortest:
+        if len(wave) * 100 / speed > shortest:
             wave = resample(wave, speed, 100)  # from 110 to 100 samples, say: tempo and pitch both rise by 10 %
         mels = normalise(log_mels(wave))
-        if self.spec_augment:
-            mels = spec_augment(mels, rng)
-        return mels, torch.tensor(target), index
+        return spec_augment(mels, self.rng(*item)) if self.spec_augment else mels, torch.tensor(target), item[1]
 
 
 def main(argv=None):

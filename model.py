@@ -73,14 +73,11 @@ class Config:
                 raise ValueError(mend)
 
 
+# The original's fixed network taken literally: one output for every mel frame, no early path.
 LITERAL = {'blocks': 11, 'frames_per_output': 1, 'early_path': False}
-PRESETS = {
-    'fixed': {},
-    # The original's fixed network taken literally: one output for every mel frame, no early path.
-    'literal': LITERAL,
-    # Its network before the fixes, a month at 93 % word error rate (then with another training loop too).
-    'before': LITERAL | {'squeeze_excite': True, 'upsample': 'transpose', 'dropout': 0.3, 'init': 'before'},
-}
+# Its network before the fixes, a month at 93 % word error rate (then with another training loop too).
+BEFORE = LITERAL | {'squeeze_excite': True, 'upsample': 'transpose', 'dropout': 0.3, 'init': 'before'}
+PRESETS = {'fixed': {}, 'literal': LITERAL, 'before': BEFORE}
 
 
 # ---- four functions look along time, and each is told where the clip ends -----------------------------------------
@@ -106,9 +103,9 @@ def hold_last(x, lengths):
 
 def reverse_time(x, lengths):
     """Reverse each clip of x (B, T, C) within its own length; padding stays behind. Its own inverse."""
-    t = torch.arange(x.shape[1], device=x.device)
-    index = torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t)
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    t, first = (torch.arange(n, device=x.device) for n in (x.shape[1], len(x)))
+    index = torch.where(t < lengths[:, None], lengths[:, None] - 1 - t, t) + first[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, index.flatten()).view_as(x)  # copies whole rows, where gather picks numbers
 
 
 # ---- the backbone -------------------------------------------------------------------------------------------------

@@ -141,8 +141,7 @@ class Outputs:
         self.reset()
 
     def reset(self):
-        self.frames, self.entropy, self.dependence = 0, 0.0, 0.0
-        self.blanks, self.emitted, self.characters, self.uniform = 0, 0, 0, 0
+        self.frames = self.entropy = self.dependence = self.blanks = self.emitted = self.characters = self.uniform = 0
 
     @torch.no_grad()
     def add(self, log_probs, lengths, target_lengths):
@@ -152,12 +151,11 @@ class Outputs:
         probabilities = frames.exp()
         entropy, mean = -(probabilities * frames).sum(1), probabilities.mean(0)
         best = log_probs.argmax(2).masked_fill(~valid, 0)
-        changed = F.pad(best[:, :-1], (1, 0)) != best
         self.frames += len(frames)
         self.entropy += entropy.sum().item()
         self.uniform += int(entropy.mean() > UNIFORM_ENTROPY * math.log(self.vocab_size))
         self.blanks += (frames.argmax(1) == 0).sum().item()
-        self.emitted += (changed & (best != 0)).sum().item()
+        self.emitted += ((best != F.pad(best[:, :-1], (1, 0))) & (best != 0)).sum().item()
         self.characters += int(target_lengths.sum())
         # H(mean p) - mean H(p) in the batch: over an epoch, a constant output that drifts would not score 0.
         marginal = -(mean * mean.clamp_min(1e-30).log()).sum()
@@ -247,10 +245,9 @@ def describe(train, valid, targets, alphabet, outputs):
     counts = Counter(''.join(u.text for u in train))
     unseen = {w for u in valid for w in u.text.split()} - {w for u in train for w in u.text.split()}
     uniform, constant = plateau_lines(targets, outputs, len(alphabet))
-    quantiles = lengths.quantile(torch.tensor([0, 0.1, 0.5, 0.9, 1])).tolist()
     speakers = len({u.speaker for u in train} - {''}) or 'unknown'
     print(f'training    {len(train)} utterances, {lengths.sum() / 3600:.2f} hours, speakers: {speakers}')
-    print('seconds     0 %: {:.1f}, 10 %: {:.1f}, 50 %: {:.1f}, 90 %: {:.1f}, 100 %: {:.1f}'.format(*quantiles))
+    print('seconds    ', *(f'{q:.0%}: {lengths.quantile(q):.1f}' for q in (0, 0.1, 0.5, 0.9, 1)))
     print(f'alphabet    {len(alphabet) - 1} characters:', *map(repr, alphabet[1:]))
     print('rare        ', ', '.join(f'{c!r} {n} times' for c, n in sorted(counts.items()) if n < 10) or 'none')
     print(f'labels      {sum(map(len, targets)) / lengths.sum():.1f} a second')

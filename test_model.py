@@ -450,7 +450,7 @@ def test_every_utterance_once_an_epoch_in_batches_of_like_length():
     corpus = [data.Utterance(Path(f'{i}.wav'), 'a', rng.uniform(1, 20), '', '') for i in range(101)]
 
     def batches(*share, seed=0):
-        return list(train.training_batches(corpus, 8, seed, 2, *share))
+        return list(train.training_batches(data.Speech(corpus, [''], seed=seed), 8, 2, *share))
 
     one, two = batches()[:13], batches()[13:]
     assert one + two == batches() and [[i for _, i in b] for b in one] != [[i for _, i in b] for b in two]
@@ -765,7 +765,7 @@ def assert_same_batches(paths):
         (us, valid, _), _, faults, _ = data.gather(path, seed=1)
         assert not faults and valid
         speech = data.Speech(us, data.make_alphabet(us), 4, speed_perturb=True)
-        seen.append(list(train.loader(speech, train.training_batches(us, 8, 0, 2))))
+        seen.append(list(train.loader(speech, train.training_batches(speech, 8, 2))))
     for other in seen[1:]:
         assert len(other) == len(seen[0])
         for batch, same in zip(seen[0], other):
@@ -973,7 +973,7 @@ def test_an_update_is_faster_than_in_textbook_form(frames_per_output, times, tmp
     the same batches of the built-in corpus: both get the same gradients, one gets them later."""
     monkeypatch.chdir(tmp_path)
     speech = data.Speech(data.read_corpus(data.builtin_corpus()['train'])[0], ['', ' ', *'efghilnorstuvwxz'])
-    batches = list(train.loader(speech, list(train.training_batches(speech.utterances, 8, 0, 1))[:12]))
+    batches = list(train.loader(speech, list(train.training_batches(speech, 8, 1))[:12]))
     ours, textbook = (recogniser(vocab_size=18, frames_per_output=frames_per_output, dropout=0.0) for _ in range(2))
     textbook.recurrent = nn.ModuleList(PackedLSTM(size, 256, batch_first=True, bidirectional=True)
                                        for size in (256, 512))

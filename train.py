@@ -49,13 +49,14 @@ def collate(items):
     return batch, lengths, torch.nn.utils.rnn.pad_sequence(targets, batch_first=True), target_lengths, indices
 
 
-def training_batches(utterances, batch_size, seed, epochs, rank=0, ranks=1):
-    """Batches of (epoch, index), every utterance once an epoch, of nearly equal lengths, in random order: durations are
-    jittered by 5 % before sorting, so that an utterance meets others every epoch. Of several processes, each takes its
-    share of every batch, never an empty one."""
+def training_batches(speech, batch_size, epochs, rank=0, ranks=1):
+    """Batches of (epoch, index), every utterance once an epoch, of nearly equal lengths after speed perturbation, which
+    has an utterance meet others every epoch; in random order. Of several processes, each takes its share of every
+    batch, never an empty one."""
     for epoch in range(epochs):
-        rng = np.random.default_rng([seed, epoch])
-        order = np.argsort([u.duration for u in utterances] * rng.uniform(0.95, 1.05, len(utterances)), kind='stable')
+        rng = np.random.default_rng([speech.seed, epoch])
+        lengths = [u.duration / speech.speed(epoch, i) for i, u in enumerate(speech.utterances)]
+        order = np.argsort(lengths * rng.uniform(0.98, 1.02, len(lengths)), kind='stable')
         batches = [[(epoch, int(i)) for i in order[k:k + batch_size]] for k in range(0, len(order), batch_size)]
         rng.shuffle(batches)
         yield from (batch[rank::ranks] or batch[:1] for batch in batches)
@@ -104,7 +105,7 @@ def parse_flags(argv=None):
     add('--speed_perturb', default=True, help='play at 0.9 to 1.1 times the speed in training', **switch)
     add('--workers', type=count, default=0, help='processes that load audio; 0: the training process itself')
     add = parser.add_argument_group('optimisation').add_argument
-    add('--epochs', type=positive, default=10, help='passes over the training data')
+    add('--epochs', type=positive, default=8, help='passes over the training data')
     add('--batch_size', type=positive, default=8, help='utterances an update')
     add('--learning_rate', type=amount, default=3e-4, help='OneCycleLR climbs to ten times this')
     add('--weight_decay', type=amount, default=1e-5, help="AdamW's; 0: none")
@@ -171,8 +172,7 @@ def evaluate(network, speech, args):
     losses, sentences = [], []
     for mels, lengths, targets, target_lengths, indices in loader(
             speech, length_batches(speech.utterances, EVALUATION_BATCH), args.workers):
-        log_probs, lengths = network(mels.to(args.device), lengths.to(args.device))
-        log_probs, lengths = log_probs.cpu(), lengths.cpu()
+        log_probs, lengths = (x.cpu() for x in network(mels.to(args.device), lengths.to(args.device)))
         loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, reduction='none')
         losses += (loss / target_lengths)[(target_lengths > 0) & ~loss.isinf()].tolist()  # where there is an alignment
         paths, decoded = log_probs.argmax(2).tolist(), model.greedy_decode(log_probs, lengths)
@@ -221,10 +221,10 @@ def plateau(utterances, alphabet, network):
     return lines
 
 
-def benchmark(network, utterances, speech, args):
+def benchmark(network, speech, args):
     """Print the seconds of audio that pass in a second, at the settings of args and on 40 batches of their data."""
-    batches = list(training_batches(utterances, args.batch_size, args.seed, 1))[:40]
-    some, fresh = [utterances[i] for batch in batches for _, i in batch], loader(speech, batches, args.workers)
+    batches = list(itertools.islice(training_batches(speech, args.batch_size, 1), 40))
+    some, fresh = [speech.utterances[i] for batch in batches for _, i in batch], loader(speech, batches, args.workers)
     tools = (*make_optimizer(network, args, 4 * len(batches)), args, monitor.Gradients(network),
              monitor.Outputs(len(speech.alphabet), 1), lambda *_: None)
 
@@ -267,11 +267,11 @@ def run(args, rank=0, ranks=1):
         torch.empty(0, device=args.device)
     except (ValueError, RuntimeError, AssertionError) as error:  # a bad combination of flags; no such device
         raise data.DataError(f'flags: {error}') from None
-    for turn in (True, False):  # the first process makes the built-in corpus
-        if turn == (rank == 0):
-            train, valid, test = read_data(args, config.frames_per_output)
-        if ranks > 1:
-            torch.distributed.barrier()
+    if rank:
+        torch.distributed.barrier()  # the first process makes the built-in corpus
+    train, valid, test = read_data(args, config.frames_per_output)
+    if ranks > 1 and rank == 0:
+        torch.distributed.barrier()
     alphabet = data.make_alphabet(train)
     config = replace(config, vocab_size=len(alphabet))
     network = model.Recogniser(config).to(args.device)
@@ -285,14 +285,13 @@ def run(args, rank=0, ranks=1):
     flags = (not args.overfit and flag for flag in (args.spec_augment, args.speed_perturb))
     train_speech = data.Speech(train, alphabet, config.frames_per_output, args.seed, *flags)
     updates, hours = math.ceil(len(train) / args.batch_size), sum(u.duration for u in train) / 3600
-    passes = math.ceil(OVERFIT_UPDATES / updates) if args.overfit else 1  # over the data, in an epoch
-    updates *= passes
+    updates *= (passes := math.ceil(OVERFIT_UPDATES / updates) if args.overfit else 1)  # over the data, in an epoch
     trained = network
     if ranks > 1:  # all start from the first one's weights and average their gradients; each has dropout of its own
         trained = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
         torch.manual_seed(args.seed + rank)
-    batches = iter(loader(train_speech, training_batches(train, args.batch_size, args.seed, args.epochs * passes, rank,
-                                                         ranks), args.workers))
+    batches = training_batches(train_speech, args.batch_size, args.epochs * passes, rank, ranks)
+    batches = iter(loader(train_speech, batches, args.workers))
     optimizer, schedule = make_optimizer(network, args, updates * args.epochs)
     lines = plateau(train, alphabet, network)
     valid_lines = plateau(valid, alphabet, network) if valid else None
@@ -300,7 +299,7 @@ def run(args, rank=0, ranks=1):
     print(f'{len(train)} utterances, {hours:.2f} hours, {len(alphabet)} symbols, {parameters:,} parameters; losses in '
           f'nats per label: uniform output {lines[0]:.2f}, constant output {lines[1]:.2f}')
     if args.benchmark:
-        return benchmark(network, train, train_speech, args)
+        return benchmark(network, train_speech, args)
 
     run_dir = Path(args.run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
     try:
@@ -313,8 +312,7 @@ def run(args, rank=0, ranks=1):
         raise data.DataError(f'--run_dir {run_dir}: cannot be made ({error.strerror}); name another folder') from None
     gradients = monitor.Gradients(network)
     outputs = monitor.Outputs(len(alphabet), monitor.letter_entropy([data.encode(u.text, alphabet) for u in train]))
-    kept, shown = run_dir / 'last.pt', []
-    train_seconds, best = 0.0, None
+    kept, shown, best, train_seconds = run_dir / 'last.pt', [], None, 0.0
     for epoch in range(1, args.epochs + 1):
         start = time.time()
         learning_rate = schedule.get_last_lr()[0]
