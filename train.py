@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import resource
 import shlex
 import shutil
 import sys
@@ -32,8 +31,7 @@ import data
 import model
 import monitor
 
-EVALUATION_BATCH = 16
-PAD_TO = 16  # frames; few different shapes are faster than exact ones
+EVALUATION_BATCH, PAD_TO = 16, 16  # utterances; frames: few different shapes are faster than exact ones
 LISTEN_TO = 5000  # utterances; of more, files are decoded before training only with --skip_bad
 OVERFIT_UPDATES = 25  # at least, in an epoch of --overfit
 
@@ -191,8 +189,7 @@ def read_data(args, frames_per_output):
     except OSError as error:
         raise data.DataError(f'corpus/: cannot be written ({error}); mend that, or give --train_data') from None
     paths |= {split: path for split, path in given.items() if path is not None}
-    if args.overfit:
-        paths |= {'valid': 'none', 'test': 'none'}
+    paths |= {'valid': 'none', 'test': 'none'} if args.overfit else {}
     sides, choice, faults, _ = data.gather(**paths, seed=args.seed, frames_per_output=frames_per_output,
                                         most=math.inf if args.skip_bad else LISTEN_TO)
     if faults and not args.skip_bad:
@@ -240,23 +237,27 @@ def benchmark(network, speech, args):
             work(*arguments)
         return round(sum(u.duration for u in some) / (time.perf_counter() - start), 1)
 
+    try:
+        from resource import RUSAGE_SELF, getrusage
+        peak = getrusage(RUSAGE_SELF).ru_maxrss // (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
+    except ImportError:  # Windows
+        peak = None
     ready = list(fresh)
     padded, frames = (sum(sizes) for sizes in zip(*((m[..., 0].numel(), int(n.sum())) for m, n, *_ in ready)))
     result = {'features': rate(list, fresh), 'update': rate(train_epoch, network, ready, *tools),
               'features and update': rate(train_epoch, network, fresh, *tools),
               **{f'inference, batch {size}': rate(transcribe, size) for size in (1, EVALUATION_BATCH)},
               'padding in training, %': round(100 - 100 * frames / padded, 1),
-              'peak memory, MB': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-              'threads': torch.get_num_threads()}
-    print(json.dumps(result) if args.json else '\n'.join(f'{value:10}  {key}' for key, value in result.items()))
+              'peak memory, MB': peak, 'threads': torch.get_num_threads()}
+    print(json.dumps(result) if args.json else '\n'.join(f'{value!s:>10}  {key}' for key, value in result.items()))
     return result
 
 
 def run(args, rank=0, ranks=1):
     """Train and score as the flags say -> the contents of results.json. Raises DataError. Of several processes, each
     trains on its share of every batch; the first (rank 0) validates, prints and writes."""
-    # Gradients that fade through time become numbers below 1e-38, with which a CPU works 30 times slower: once the
-    # outputs are sharp, an update takes 2.5 times as long.
+    # Gradients that fade through time become numbers below 1e-38, with which a CPU works many times slower: without
+    # this, an update takes 2.5 times as long once the outputs are sharp.
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     try:
