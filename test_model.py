@@ -692,7 +692,7 @@ def dtw(a, b):
 
 @slow
 def test_a_template_matcher_fails_on_the_built_in_corpus():
-    """One training speaker's words as templates for those of twelve of validation's, all cut out by their known times,
+    """One speaker's words as templates for those of twelve of validation's, all cut out by their known times,
     which helps the matcher: the network has to find them."""
     def words(speakers, n):
         rng, cut = np.random.default_rng(speakers[0]), []
@@ -720,7 +720,7 @@ def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
     test = data.read_corpus('corpus/test.jsonl')[0]
     rates = train.evaluate(untrained, data.Speech(test, alphabet), train.parse_flags([]))[1]
     errors, rng = [], np.random.default_rng(0)
-    for speaker in range(400, 450):
+    for speaker in range(900, 950):
         wave, spans = data.synthesise(' '.join(rng.choice(list(data.WORDS), 5)), speaker)
         mels = data.normalise(data.log_mels(torch.tensor(wave)))
         log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
@@ -729,7 +729,7 @@ def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
             errors += [abs(a - b) for h, s in zip(heard, spans) for a, b in zip(h[1:], s[1:])]
     print(f'{results}\nuntrained WER {rates["wer"]:.0f} %; word times: median error {1000 * np.median(errors):.0f} ms '
           f'of {len(errors)} edges')
-    assert results['test']['wer'] <= 5 and results['train_seconds'] < 240 and rates['wer'] >= 99
+    assert results['test']['wer'] <= 3 and results['train_seconds'] <= 180 and rates['wer'] >= 99
     assert len(errors) > 400 and np.median(errors) <= 0.08
 
 
