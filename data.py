@@ -104,8 +104,9 @@ def log_mels(wave):
 
 
 def normalise(mels):
-    """Each mel band to mean 0, deviation 1 over the clip's own frames: microphone and loudness drop out."""
-    return (mels - mels.mean(0)) / (mels.std(0, correction=0) + 1e-3)
+    """Each mel band to mean 0 over the clip, which removes microphone and loudness; all together to deviation 1."""
+    mels = mels - mels.mean(0)
+    return mels / (mels.std(correction=0) + 1e-3)  # not by band: those that hold mostly noise would become loud
 
 
 def spec_augment(mels, rng):

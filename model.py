@@ -43,7 +43,7 @@ TABLE_2 = [
     (5, 576, 96, True, nn.Hardswish, 1),
     (5, 576, 96, True, nn.Hardswish, 1),
 ]
-STEM_TIME_STRIDE, TIME_STRIDES = 2, [2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1]  # 10 ms -> 20, 40 (block 1), 80 ms (block 4)
+STEM_TIME_STRIDE, TIME_STRIDES = 2, [1, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1]  # 10 ms -> 20, 40 (block 2), 80 ms (block 4)
 EARLY_BLOCK = 3  # the last block at 40 ms; the early path leaves from its output
 
 
@@ -66,7 +66,7 @@ class Config:
 
     def __post_init__(self):
         for good, mend in ((self.frames_per_output in (1, 2, 4), 'frames_per_output is 1, 2 or 4'),
-                           (1 <= self.blocks <= len(TABLE_2), f'blocks is 1 to {len(TABLE_2)}'),
+                           (2 <= self.blocks <= len(TABLE_2), f'blocks is 2 to {len(TABLE_2)}'),
                            (0 <= self.dropout < 1, 'dropout is 0 to less than 1'),
                            (not self.early_path or self.upsample == 'interpolate', 'early_path needs interpolation')):
             if not good:

@@ -113,7 +113,7 @@ def parse_flags(argv=None):
     add = parser.add_argument_group('model').add_argument
     add('--model', choices=model.PRESETS, default='fixed', help="fixed: ours; literal: the original's fixed network; "
         'before: its network before the fixes. The flags below change single settings; in brackets those of fixed')
-    add('--blocks', type=positive, help=f'of MobileNetV3-Small, 1 to 11 [{fixed.blocks}]', **absent)
+    add('--blocks', type=positive, help=f'of MobileNetV3-Small, 2 to 11 [{fixed.blocks}]', **absent)
     add('--frames_per_output', type=positive, help=f'frames of 10 ms: 1, 2 or 4 [{fixed.frames_per_output}]', **absent)
     add('--hidden', type=positive, help=f'LSTM units in each direction [{fixed.hidden}]', **absent)
     add('--dropout', type=amount, help=f'before each LSTM layer and the head; 0: none [{fixed.dropout}]', **absent)
@@ -315,8 +315,7 @@ def run(args, rank=0, ranks=1):
     outputs = monitor.Outputs(len(alphabet), monitor.letter_entropy([data.encode(u.text, alphabet) for u in train]))
     kept, shown, best, train_seconds = run_dir / 'last.pt', [], None, 0.0
     for epoch in range(1, args.epochs + 1):
-        start = time.time()
-        learning_rate = schedule.get_last_lr()[0]
+        start, learning_rate = time.time(), schedule.get_last_lr()[0]
         gradients.reset(), outputs.reset()
         train_loss = train_epoch(trained, itertools.islice(batches, updates), optimizer, schedule, args,
                                  gradients, outputs)
@@ -370,8 +369,8 @@ def run(args, rank=0, ranks=1):
     clip = max(right, key=lambda u: len(u.text), default=clips[0])
     wave = data.resample(*data.read_audio(clip.path), data.SAMPLE_RATE).numpy()
     soundfile.write(run_dir / 'clip.wav', wave, data.SAMPLE_RATE)
-    command = [sys.orig_argv[0], os.path.relpath(model.__file__), kept, run_dir / 'clip.wav']
-    print(f'results in {run_dir}; to transcribe a clip ("{clip.text}"):\n   ', shlex.join(map(str, command)))
+    command = shlex.join(map(str, [sys.orig_argv[0], os.path.relpath(model.__file__), kept, run_dir / 'clip.wav']))
+    print(f'results in {run_dir}; to transcribe a clip ("{clip.text}"):\n   ', command)
     return results
 
 
