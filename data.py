@@ -7,7 +7,6 @@
     wave         (S,)            mono, 16 kHz, float32 in -1..1
     log-mels     (T, 80)         T = ceil(S / 160): 100 frames a second, normalised over the clip
     batch        (B, 1, T, 80)   with lengths (B,), targets (B, L) and their lengths (B,)
-
 References: Slaney 1998 (mel scale); Park et al. 2019, 2020 (SpecAugment); Ko et al. 2015 (speed perturbation).
 """
 import argparse

@@ -14,7 +14,6 @@
 Every padded tensor travels with its lengths, and whatever looks along time looks at valid frames only: in eval mode
 a clip alone and the same clip in a padded batch give the same output. (In training batch norm's statistics include the
 padding, of which batches of nearly equal lengths have little.)
-
 References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks; section 6.4: the early path);
 Graves et al. 2006, "Connectionist Temporal Classification"; Goyal et al. 2017, section 5.1 (zero_init_residual);
 Jozefowicz et al. 2015 (forget bias 1); Glorot & Bengio 2010 (Xavier initialisation).
@@ -205,7 +204,8 @@ class BiLSTM(nn.Module):
 # ---- the recogniser -----------------------------------------------------------------------------------------------
 
 class Recogniser(nn.Module):
-    """log-mels (B, 1, T, n_mels) and lengths (B,) in frames -> log-probabilities (B, T', V) and their lengths (B,)."""
+    """log-mels (B, 1, T, n_mels) and lengths (B,) in frames -> log-probabilities (B, T', V) and their lengths (B,);
+    every_layer: a list of them, as the head reads each LSTM layer; the last is the output."""
 
     def __init__(self, config):
         super().__init__()
@@ -258,11 +258,12 @@ class Recogniser(nn.Module):
             x = x + upsample(early, n_early, self.early_stride, c.frames_per_output, frames_out)
         return x
 
-    def forward(self, mels, lengths):
-        x, lengths = self.features(mels, lengths), self.output_lengths(lengths)
+    def forward(self, mels, lengths, every_layer=False):
+        x, lengths, layers = self.features(mels, lengths), self.output_lengths(lengths), []
         for layer in self.recurrent:
             x = layer(self.dropout(x), lengths)
-        return F.log_softmax(self.head(self.dropout(x)).float(), -1), lengths
+            layers.append(F.log_softmax(self.head(self.dropout(x)).float(), -1))
+        return layers if every_layer else layers[-1], lengths
 
 
 def init_weights(model):

@@ -4,7 +4,6 @@ A stuck CTC model sits on one of two lines, both known before training, in nats 
     uniform    every symbol equally likely in every frame; an untrained network starts here
     constant   the best output that ignores its input: mostly blank, the rest by letter frequency (about 2.9 for
                English); a falling loss that ends here has learnt nothing from the sound
-
 Reference: Graves et al. 2006 (CTC). Input dependence is the mutual information between frame and output.
 """
 import argparse
@@ -79,8 +78,7 @@ def plateau_lines(targets, lengths, vocab_size):
     def constant(blank):
         return loss(torch.cat([torch.tensor([blank], dtype=torch.float64), frequency[1:] * (1 - blank)]))
 
-    uniform = torch.full((vocab_size,), 1 / vocab_size, dtype=torch.float64)
-    return loss(uniform), min(constant(share / 50) for share in range(50))
+    return loss(torch.full_like(frequency, 1 / vocab_size)), min(constant(share / 50) for share in range(50))
 
 
 def way(loss, lines):

@@ -108,6 +108,7 @@ def parse_flags(argv=None):
     add('--learning_rate', type=amount, default=3e-4, help='OneCycleLR climbs to ten times this')
     add('--weight_decay', type=amount, default=1e-5, help="AdamW's; 0: none")
     add('--grad_clip', type=amount, default=5.0, help='largest norm of all gradients together; 0: no limit')
+    add('--interctc_weight', type=amount, default=0.3, help="share of the first LSTM layer's own CTC loss; 0: none")
     add('--seed', type=count, default=0, help='of hold-out, subset, initialisation, order, augmentation, dropout')
     fixed = model.Config(1)
     add = parser.add_argument_group('model').add_argument
@@ -145,19 +146,20 @@ def train_epoch(network, batches, optimizer, schedule, args, gradients, outputs,
     network.train()
     total, count, start = 0.0, 0, time.time()
     for n, (mels, lengths, targets, target_lengths, _) in enumerate(batches, 1):
-        log_probs, lengths = network(mels.to(args.device), lengths.to(args.device))
-        # 'mean' divides each utterance's loss by its number of labels, then averages: nats per label.
-        loss = F.ctc_loss(log_probs.transpose(0, 1), targets.to(args.device), lengths, target_lengths.to(args.device),
-                          reduction='mean')
+        layers, lengths = network(mels.to(args.device), lengths.to(args.device), every_layer=True)
+        # Averaged over utterances, each one's loss divided by its number of labels: nats per label.
+        first, loss = [F.ctc_loss(x.transpose(0, 1), targets.to(args.device), lengths,
+                                      target_lengths.to(args.device)) for x in (layers[0], layers[-1])]
         if not torch.isfinite(loss):
             raise data.DataError(f'training diverged, the loss is {loss.item()}: lower --learning_rate')
         optimizer.zero_grad()
-        loss.backward()
+        # Intermediate CTC (Lee & Watanabe 2021): the first layer is told directly what the last one is to say.
+        loss.lerp(first, args.interctc_weight).backward()
         if gradients.clip(args.grad_clip):  # False, and counted, where a gradient is not finite
             optimizer.step()
             schedule.step()
         total, count = total + loss.item() * len(mels), count + len(mels)
-        outputs.add(log_probs, lengths, target_lengths)
+        outputs.add(layers[-1], lengths, target_lengths)
         progress(schedule.last_epoch, schedule.total_steps, total / count, (time.time() - start) / n)
     return total / count
 
