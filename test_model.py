@@ -32,6 +32,7 @@ FULL = {'blocks': 11}  # all of MobileNetV3-Small, with the early path
 AN4 = os.environ.get('AN4_DIR')
 slow = pytest.mark.skipif('SLOW' not in os.environ, reason='slow: set SLOW=1')
 NO_DATA = ['--train_data=none', '--valid_data=none']
+FIRST_RUN = ['--epochs=3', '--batch_size=2', '--learning_rate=1e-4']
 
 
 def recogniser(preset='fixed', vocab_size=6, **config):
@@ -74,9 +75,10 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def first_run(corpus, tmp_path_factory):
-    """The real train.main: twenty samples, three epochs."""
+    """The real train.main: twenty samples, three epochs. Only thirty updates, so the peak of the learning rate comes
+    after three: at the default's, losses that climb again for a while would say little."""
     folder = tmp_path_factory.mktemp('runs') / 'first'
-    results = train.main([*corpus, '--epochs', '3', '--batch_size', '4', '--run_dir', str(folder)])
+    results = train.main([*corpus, *FIRST_RUN, '--run_dir', str(folder)])
     return folder, results, [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
 
 
@@ -421,6 +423,17 @@ def test_constant_line_is_the_best_constant_output():
     assert loss.item() <= constant + 1e-4 < uniform and constant == pytest.approx(loss.item(), rel=0.02)
 
 
+def test_the_first_layer_can_be_read_by_itself():
+    """Intermediate CTC: its loss reaches nothing above the first LSTM layer; the last layer's is the output."""
+    network = recogniser(hidden=8).eval()
+    mels, lengths = torch.randn(2, 1, 40, 80), torch.tensor([40, 31])
+    layers, n = network(mels, lengths, every_layer=True)
+    assert len(layers) == 2 and torch.equal(layers[1], network(mels, lengths)[0])
+    F.ctc_loss(layers[0].transpose(0, 1), torch.tensor([[1, 2], [3, 4]]), n, torch.tensor([2, 2])).backward()
+    assert network.stem[0].weight.grad.any() and network.head.weight.grad.any()
+    assert network.recurrent[0].back.weight_ih_l0.grad.any() and network.recurrent[1].back.weight_ih_l0.grad is None
+
+
 def test_greedy_decoding_collapses_the_best_path():
     paths = torch.tensor([[0, 1, 1, 0, 1, 2, 2, 3], [3, 3, 0, 0, 2, 1, 1, 1]])
     log_probs = F.one_hot(paths, 4).float().log_softmax(-1)
@@ -583,10 +596,10 @@ def test_run_folder(first_run):
     assert json.loads((folder / 'results.json').read_text()) == results
     assert results['test'] is None and results['valid']['wer'] == min(record['wer'] for record in log)
     assert set(results) == {'valid', 'test', 'updates', 'train_seconds', 'parameters', 'seed'}
-    assert results['updates'] == 15 and results['valid']['utterances'] == 6
+    assert results['updates'] == 30 and results['valid']['utterances'] == 6
     assert [record['epoch'] for record in log] == [1, 2, 3] and all(0 <= r['clipped'] <= 1 for r in log)
     config = json.loads((folder / 'config.json').read_text())
-    assert config['batch_size'] == 4 and config['frames_per_output'] == model.Config(1).frames_per_output
+    assert config['batch_size'] == 2 and config['frames_per_output'] == model.Config(1).frames_per_output
 
 
 def test_checkpoints_load_and_decode_alike(first_run, corpus):
@@ -605,16 +618,16 @@ def test_a_run_is_not_overwritten_and_repeats_from_its_seed(first_run, corpus, t
         train.main([*corpus, '--run_dir', str(folder)])
     for workers in '0', '1':
         run = tmp_path / workers
-        train.main([*corpus, '--epochs', '3', '--batch_size', '4', '--run_dir', str(run), '--workers', workers])
+        train.main([*corpus, *FIRST_RUN, '--run_dir', str(run), '--workers', workers])
         again = [json.loads(line)['train_loss'] for line in (run / 'log.jsonl').read_text().splitlines()]
         # Another process may get other last bits from the Fourier transform, and training makes more of them.
         assert again == pytest.approx([r['train_loss'] for r in log], rel=1e-2 if workers == '1' else 0)
 
 
 FLAGS = ['--num_train_samples=3', '--spec_augment', '--no-speed_perturb', '--epochs=2', '--batch_size=2',
-         '--learning_rate=1e-3', '--weight_decay=0.1', '--grad_clip=0.01', '--seed=1', '--model=literal', '--blocks=5',
-         '--frames_per_output=2', '--dropout=0.5', '--zero_init_residual', '--squeeze_excite',
-         '--blocks=4 --no-early_path']
+         '--learning_rate=1e-3', '--weight_decay=0.1', '--grad_clip=0.01', '--interctc_weight=0', '--seed=1',
+         '--model=literal', '--blocks=5', '--frames_per_output=2', '--dropout=0.5', '--zero_init_residual',
+         '--squeeze_excite', '--blocks=4 --no-early_path']
 
 
 @pytest.fixture(scope='session')

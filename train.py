@@ -75,11 +75,11 @@ def loader(speech, batches, workers=0):
 
 # ---- flags --------------------------------------------------------------------------------------------------------
 
-def number(kind, low):
-    """An argparse type: int or float, not below low, small enough for a float to count it."""
+def number(kind, low, high=2 ** 53):
+    """An argparse type: int or float, from low to high (beyond 2^53 a float cannot count)."""
     def parse(text):
-        if not low <= kind(text) < 2 ** 53:
-            raise argparse.ArgumentTypeError(f'{text} is not between {low} and 2^53')
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f'{text} is not between {low} and {high}')
         return kind(text)
     parse.__name__ = kind.__name__
     return parse
@@ -89,7 +89,7 @@ def parse_flags(argv=None):
     parser = argparse.ArgumentParser(description='Train a MobileNetV3 + BiLSTM + CTC speech recogniser.',
                                      allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     switch, absent = {'action': argparse.BooleanOptionalAction}, {'default': argparse.SUPPRESS}
-    count, positive, amount = number(int, 0), number(int, 1), number(float, 0)
+    count, positive, amount, share = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
     add = parser.add_argument_group('data').add_argument
     add('--train_data', help='corpus: .jsonl, .csv or .tsv manifest, LibriSpeech or CMU Sphinx folder; '
         'unset: the built-in corpus with its own validation and test, spoken into the folder corpus/')
@@ -108,7 +108,7 @@ def parse_flags(argv=None):
     add('--learning_rate', type=amount, default=3e-4, help='OneCycleLR climbs to ten times this')
     add('--weight_decay', type=amount, default=1e-5, help="AdamW's; 0: none")
     add('--grad_clip', type=amount, default=5.0, help='largest norm of all gradients together; 0: no limit')
-    add('--interctc_weight', type=amount, default=0.3, help="share of the first LSTM layer's own CTC loss; 0: none")
+    add('--interctc_weight', type=share, default=0.3, help="share of the first LSTM layer's own CTC loss; 0: none")
     add('--seed', type=count, default=0, help='of hold-out, subset, initialisation, order, augmentation, dropout')
     fixed = model.Config(1)
     add = parser.add_argument_group('model').add_argument
@@ -149,7 +149,7 @@ def train_epoch(network, batches, optimizer, schedule, args, gradients, outputs,
         layers, lengths = network(mels.to(args.device), lengths.to(args.device), every_layer=True)
         # Averaged over utterances, each one's loss divided by its number of labels: nats per label.
         first, loss = [F.ctc_loss(x.transpose(0, 1), targets.to(args.device), lengths,
-                                      target_lengths.to(args.device)) for x in (layers[0], layers[-1])]
+                                  target_lengths.to(args.device)) for x in (layers[0], layers[-1])]
         if not torch.isfinite(loss):
             raise data.DataError(f'training diverged, the loss is {loss.item()}: lower --learning_rate')
         optimizer.zero_grad()
