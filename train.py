@@ -239,6 +239,8 @@ def benchmark(network, speech, args):
             work(*arguments)
         return round(sum(u.duration for u in some) / (time.perf_counter() - start), 1)
 
+    result = {'features': rate(list, fresh), 'features and update': rate(train_epoch, network, fresh, *tools),
+              **{f'inference, batch {size}': rate(transcribe, size) for size in (1, EVALUATION_BATCH)}}
     try:
         from resource import RUSAGE_SELF, getrusage
         peak = getrusage(RUSAGE_SELF).ru_maxrss // (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)
@@ -246,11 +248,9 @@ def benchmark(network, speech, args):
         peak = None
     ready = list(fresh)
     padded, frames = (sum(sizes) for sizes in zip(*((m[..., 0].numel(), int(n.sum())) for m, n, *_ in ready)))
-    result = {'features': rate(list, fresh), 'update': rate(train_epoch, network, ready, *tools),
-              'features and update': rate(train_epoch, network, fresh, *tools),
-              **{f'inference, batch {size}': rate(transcribe, size) for size in (1, EVALUATION_BATCH)},
-              'padding in training, %': round(100 - 100 * frames / padded, 1),
-              'peak memory, MB': peak, 'threads': torch.get_num_threads()}
+    result |= {'update': rate(train_epoch, network, ready, *tools),
+               'padding in training, %': round(100 - 100 * frames / padded, 1),
+               'peak memory, MB': peak, 'threads': torch.get_num_threads()}
     print(json.dumps(result) if args.json else '\n'.join(f'{value!s:>10}  {key}' for key, value in result.items()))
     return result
 
