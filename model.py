@@ -262,7 +262,8 @@ class Recogniser(nn.Module):
         x, lengths, layers = self.features(mels, lengths), self.output_lengths(lengths), []
         for layer in self.recurrent:
             x = layer(self.dropout(x), lengths)
-            layers.append(F.log_softmax(self.head(self.dropout(x)).float(), -1))
+            if every_layer or layer is self.recurrent[-1]:
+                layers.append(F.log_softmax(self.head(self.dropout(x)).float(), -1))
         return layers if every_layer else layers[-1], lengths
 
 

@@ -248,9 +248,8 @@ def benchmark(network, speech, args):
         peak = None
     ready = list(fresh)
     padded, frames = (sum(sizes) for sizes in zip(*((m[..., 0].numel(), int(n.sum())) for m, n, *_ in ready)))
-    result |= {'update': rate(train_epoch, network, ready, *tools),
-               'padding in training, %': round(100 - 100 * frames / padded, 1),
-               'peak memory, MB': peak, 'threads': torch.get_num_threads()}
+    result |= {'update': rate(train_epoch, network, ready, *tools), 'threads': torch.get_num_threads(),
+               'padding in training, %': round(100 - 100 * frames / padded, 1), 'peak memory, MB': peak}
     print(json.dumps(result) if args.json else '\n'.join(f'{value!s:>10}  {key}' for key, value in result.items()))
     return result
 
