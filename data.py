@@ -7,7 +7,9 @@
     wave         (S,)            mono, 16 kHz, float32 in -1..1
     log-mels     (T, 80)         T = ceil(S / 160): 100 frames a second, normalised over the clip
     batch        (B, 1, T, 80)   with lengths (B,), targets (B, L) and their lengths (B,)
-References: Slaney 1998 (mel scale); Park et al. 2019, 2020 (SpecAugment); Ko et al. 2015 (speed perturbation).
+
+References: Slaney 1998 (mel scale); Park et al. 2019, 2020 (SpecAugment); Ko et al. 2015 (speed
+perturbation); Fant 1960 and Klatt 1980 (the built-in corpus).
 """
 import argparse
 import csv
@@ -17,68 +19,99 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-SAMPLE_RATE = 16000
-WINDOW, HOP = 400, 160  # 25 and 10 ms
-N_FFT, N_MELS = 512, 80  # bins of 31.25 Hz
-LOG_FLOOR = 1e-6  # power: a sine 60 dB under full scale gives about 1e-2, the rounding of 16 bits below 1e-7
-SPEEDS = range(90, 111)  # per cent; speed perturbation draws one for each utterance and epoch
+SAMPLE_RATE = 16000                  # samples a second
+WINDOW = 400                         # samples: 25 ms
+HOP = 160                            # samples: 10 ms
+FRAME_SECONDS = HOP / SAMPLE_RATE
+N_FFT = 512                          # bins of 31.25 Hz
+N_MELS = 80
+# Power. A sine 60 dB under full scale gives about 1e-2, the rounding of 16 bits below 1e-7.
+LOG_FLOOR = 1e-6
+SPEEDS = range(90, 111)              # per cent; speed perturbation draws one by utterance and epoch
+PAD_TO = 16                          # frames: few different shapes are faster than exact ones
 
 
 class DataError(Exception):
-    """A user's data cannot be used; the message says what, where and the mend, in one line each."""
+    """A user's data cannot be used; the message says what, where and how to fix it, in one line
+    each."""
 
 
 @dataclass
 class Utterance:
+    """A recording and what is said in it."""
     path: Path
     text: str        # normalised
     duration: float  # seconds
-    speaker: str
+    speaker: str     # '' where it is not known
     where: str       # 'manifest.jsonl:12', for messages
 
     @property
-    def frames(self):
+    def frames(self) -> int:
+        """Mel frames at the recording's own speed."""
         return math.ceil(round(self.duration * SAMPLE_RATE) / HOP)
 
 
-# ---- audio --------------------------------------------------------------------------------------------------------
+# ---- audio and features --------------------------------------------------------------------------
 
-def resample(wave, rate, new_rate):
-    """Band-limited resampling of wave (S,) -> (ceil(S * new_rate / rate),): its spectrum is cut, or continued with
-    zeros, at the lower of the two Nyquist frequencies. Rates are whole numbers of any unit."""
+def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
+    """Band-limited resampling of wave (S,) -> (ceil(S * new_rate / rate),).
+
+    Its spectrum is cut, or continued with zeros, at the lower of the two Nyquist frequencies. Rates
+    are whole numbers of any unit.
+    """
     if rate == new_rate:
         return wave
-    up, down = (r // math.gcd(rate, new_rate) for r in (new_rate, rate))
-    # Whole blocks keep the ratio exact, 32 at a time the transform fast; the zeros keep the end off the beginning.
+    divisor = math.gcd(rate, new_rate)
+    up, down = new_rate // divisor, rate // divisor
+    # Whole blocks keep the ratio exact, 32 at a time the transform fast; the zeros keep the end off
+    # the beginning.
     blocks = math.ceil((len(wave) + 512) / down / 32) * 32
     spectrum = torch.fft.rfft(wave, n=blocks * down)
-    return torch.fft.irfft(spectrum, n=blocks * up)[:math.ceil(len(wave) * up / down)] * (up / down)
+    resampled = torch.fft.irfft(spectrum, n=blocks * up)
+    return resampled[:math.ceil(len(wave) * up / down)] * (up / down)
 
 
-def read_audio(path):
-    """Any file that libsndfile reads -> (S,) float32, the channels' mean, and its rate. Raises DataError."""
+def read_audio(path: str | Path) -> tuple[Tensor, int]:
+    """Any file that libsndfile reads -> wave (S,) float32, the channels' mean, and its rate in Hz.
+
+    Raises DataError.
+    """
     try:
         wave, rate = soundfile.read(path, dtype='float32', always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         reason = error if Path(path).is_file() else 'no such file'
-        raise DataError(f'{path}: cannot be read as audio ({reason}); mend, convert or remove it') from None
-    if not len(wave) or not np.abs(wave).max() < 1e6:
-        raise DataError(f'{path}: holds no samples, or some that are not finite or out of all bounds; remove it')
+        raise DataError(f'{path}: cannot be read as audio ({reason}); '
+                        'mend, convert or remove it') from None
+    if not len(wave):
+        raise DataError(f'{path}: holds no samples; remove it')
+    if not np.abs(wave).max() < 1e6:  # also where one is no number
+        raise DataError(f'{path}: some samples are not finite or out of all bounds; remove it')
     return torch.from_numpy(wave.mean(1)), rate
 
 
-def mel_filters():
-    """(257, 80): triangles of height 1, equally spaced on Slaney's mel scale from 0 to 8 kHz, where a mel is
-    200/3 Hz up to 1 kHz and logarithmic above. No area norm: normalising over the clip would cancel it."""
+def read_wave(path: str | Path) -> Tensor:
+    """Any file that libsndfile reads -> wave (S,) at 16 kHz. Raises DataError."""
+    return resample(*read_audio(path), SAMPLE_RATE)
+
+
+def mel_filters() -> Tensor:
+    """The filter bank (257, 80): triangles of height 1, equally spaced on Slaney's mel scale.
+
+    From 0 to 8 kHz; a mel is 200/3 Hz up to 1 kHz and logarithmic above. No area norm: normalising
+    over the clip would cancel it.
+    """
     log_step = math.log(6.4) / 27  # above 1 kHz, 27 mels lead from 1 to 6.4 kHz
     top = 15 + math.log(SAMPLE_RATE / 2 / 1000) / log_step
     mels = np.linspace(0, top, N_MELS + 2)
@@ -86,361 +119,784 @@ def mel_filters():
     hertz = np.arange(N_FFT // 2 + 1)[:, None] * SAMPLE_RATE / N_FFT
     rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
-    return torch.tensor(np.maximum(0, np.minimum(rising, falling)), dtype=torch.float32)
+    triangles = np.maximum(0, np.minimum(rising, falling))
+    return torch.tensor(triangles, dtype=torch.float32)
 
 
-MEL_FILTERS, HANN = mel_filters(), torch.hann_window(WINDOW)
+MEL_FILTERS = mel_filters()
+HANN = torch.hann_window(WINDOW)
 
 
-def log_mels(wave):
-    """wave (S,) at 16 kHz -> (T, 80), T = ceil(S / 160); natural logarithm of the mel power. Frame t is centred
-    on sample 160 t + 80, the middle of the 10 ms it stands for."""
+def log_mels(wave: Tensor) -> Tensor:
+    """wave (S,) at 16 kHz -> natural logarithm of the mel power (T, 80), T = ceil(S / 160).
+
+    Frame t is centred on sample 160 t + 80, the middle of the 10 ms it stands for.
+    """
     frames = math.ceil(len(wave) / HOP)
     left = (WINDOW - HOP) // 2
-    wave = F.pad(wave, (left, (frames - 1) * HOP + WINDOW - left - len(wave)))
-    spectrum = torch.fft.rfft(wave.unfold(0, WINDOW, HOP) * HANN, n=N_FFT)  # (T, 257)
-    return ((spectrum.real ** 2 + spectrum.imag ** 2) @ MEL_FILTERS + LOG_FLOOR).log()
+    right = (frames - 1) * HOP + WINDOW - left - len(wave)
+    windows = F.pad(wave, (left, right)).unfold(0, WINDOW, HOP)         # (T, 400)
+    spectrum = torch.fft.rfft(windows * HANN, n=N_FFT)                  # (T, 257)
+    power = spectrum.real ** 2 + spectrum.imag ** 2
+    return (power @ MEL_FILTERS + LOG_FLOOR).log()
 
 
-def normalise(mels):
-    """Each mel band to mean 0 over the clip, which removes microphone and loudness; all together to deviation 1."""
+def normalise(mels: Tensor) -> Tensor:
+    """Each mel band of (T, 80) to mean 0 over the clip, all bands together to deviation 1.
+
+    The first removes microphone and loudness. The deviation is not taken band by band: those that
+    hold mostly noise would become loud.
+    """
     mels = mels - mels.mean(0)
-    return mels / (mels.std(correction=0) + 1e-3)  # not by band: those that hold mostly noise would become loud
+    return mels / (mels.std(correction=0) + 1e-3)
 
 
-def spec_augment(mels, rng):
-    """After Park et al. 2019 and, for masks that grow with the clip, 2020: two masks of up to 15 mel bands, one of up
-    to 250 ms (a quarter of the clip at most) for each second. In place; 0 is each band's mean."""
-    for axis, count, widest in (1, 2, 15), (0, math.ceil(len(mels) / 100), min(25, len(mels) // 4)):
-        for _ in range(count):
+def features(wave: Tensor) -> Tensor:
+    """What the network takes for a wave (S,) at 16 kHz: normalised log-mels (T, 80)."""
+    return normalise(log_mels(wave))
+
+
+def spec_augment(mels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Mask bands and stretches of time of (T, 80) in place; 0 is each band's mean.
+
+    After Park et al. 2019 and, for masks that grow with the clip, 2020: two masks of up to 15 mel
+    bands, and for each second one of up to 250 ms, a quarter of the clip at most.
+    """
+    seconds = math.ceil(len(mels) / 100)
+    widest_stretch = min(25, len(mels) // 4)
+    for axis, masks, widest in ((1, 2, 15), (0, seconds, widest_stretch)):
+        for _ in range(masks):
             width = int(rng.integers(widest + 1))
-            mels.narrow(axis, int(rng.integers(mels.shape[axis] - width + 1)), width).zero_()
+            start = int(rng.integers(mels.shape[axis] - width + 1))
+            mels.narrow(axis, start, width).zero_()
     return mels
 
 
-# ---- transcripts --------------------------------------------------------------------------------------------------
+# ---- transcripts ---------------------------------------------------------------------------------
 
-def normalise_text(text):
+def normalise_text(text: str) -> str:
     """Lower case, NFC (one code point for a letter and its accent), single spaces."""
     return unicodedata.normalize('NFC', ' '.join(text.lower().split()))
 
 
-def make_alphabet(utterances):
+def make_alphabet(utterances: Iterable[Utterance]) -> list[str]:
     """Every character of the transcripts; symbol 0 is CTC's blank and stands for no character."""
     return [''] + sorted({character for u in utterances for character in u.text})
 
 
-def encode(text, alphabet):
-    """Text -> symbols, never the blank. A character that the alphabet lacks is left out: no output can say it."""
+def encode(text: str, alphabet: Sequence[str]) -> list[int]:
+    """Text -> symbols, never the blank.
+
+    A character that the alphabet lacks is left out: no output can say it.
+    """
     symbol = {character: i for i, character in enumerate(alphabet) if i}
     return [symbol[character] for character in text if character in symbol]
 
 
-def decode(symbols, alphabet):
-    return ''.join(alphabet[s] for s in symbols)
+def decode(symbols: Iterable[int], alphabet: Sequence[str]) -> str:
+    """Symbols -> text."""
+    return ''.join(alphabet[symbol] for symbol in symbols)
 
 
-def frames_needed(symbols):
-    """CTC needs a frame for each label and a blank between equal neighbours (Graves et al. 2006, section 3.1)."""
-    return len(symbols) + sum(a == b for a, b in zip(symbols, symbols[1:]))
+def outputs_needed(symbols: Sequence[int]) -> int:
+    """The fewest outputs in which CTC can say these symbols.
+
+    One for each, and a blank between equal neighbours (Graves et al. 2006, section 3.1).
+    """
+    repeats = sum(a == b for a, b in zip(symbols, symbols[1:]))
+    return len(symbols) + repeats
 
 
-# ---- corpora on disk ----------------------------------------------------------------------------------------------
-
-KEYS = {'audio': ('audio_filepath', 'path', 'file', 'audio', 'file_name'), 'speaker': ('speaker', 'client_id'),
-        'text': ('text', 'sentence', 'transcript', 'transcription'), 'duration': ('duration',)}
-SUFFIXES = ('.flac', '.wav', '.sph', '.mp3', '.ogg', '.opus', '.aiff', '.aif', '.au', '.caf')
-
-
-def corpus_rows(path, split):
-    """What a corpus lists -> (where, row) for each utterance: a dict with one of each of KEYS, or a line of JSON."""
-    def lines(file):
-        text = enumerate(file.read_text(encoding='utf-8-sig').split('\n'), 1)
-        return [(f'{file}:{number}', line.strip()) for number, line in text if line.strip()]
-
-    def find(file):  # with whatever suffix
-        return str(next((f for s in SUFFIXES if (f := Path(f'{file}{s}')).is_file()), file).absolute())
-
-    trees = sorted(path.rglob('*.trans.txt')) if path.is_dir() else []
-    for tree in trees:  # LibriSpeech: 84-121123-0001 GO DO YOU HEAR
-        for where, line in lines(tree):
-            name, _, text = line.partition(' ')
-            speaker = [name.split('-')[0], *tree.relative_to(path).parts[-3:-2]][-1]  # speaker/chapter/*.trans.txt
-            yield where, {'audio': find(tree.parent / name), 'text': text, 'speaker': speaker}
-    etc = [p for p in path.glob('etc/*.transcription') if split in p.name] if path.is_dir() else []
-    if path.is_dir() and len(trees[:1] + etc) != 1:
-        raise DataError(f'{path}: a folder needs either *.trans.txt or one etc/*{split}*.transcription; or name a file')
-    path = etc[0] if etc else path
-    if path.suffix == '.transcription':  # CMU Sphinx: <s> GO </s> (an251-fash-b)
-        files = defaultdict(list)  # two folders may hold files of one name: the first line is the first one's
-        for where, name in lines(path.with_suffix('.fileids')):
-            files[Path(name).name].append((where, path.parent.parent / 'wav' / name))
-        for where, line in lines(path):
-            text, name = re.fullmatch(r'(?:<s>)?(.*?)(?:</s>)?\s*(?:\(([^()]+)\))?', line, re.IGNORECASE).groups()
-            file = files[name].pop(0)[1] if files.get(name) else Path(f'{name}, which the .fileids lacks,')
-            yield where, {'audio': find(file), 'text': text, 'speaker': file.parent.name}
-        for where, file in sum(files.values(), []):
-            yield where, {'audio': str(file), 'text': None}
-    elif path.suffix.lower() in ('.csv', '.tsv'):
-        tsv = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
-        with open(path, encoding='utf-8-sig', newline='') as file:
-            table = csv.DictReader(file, **tsv if path.suffix.lower() == '.tsv' else {'strict': True})
-            for key in 'audio', 'text':
-                if not set(KEYS[key]) & set(table.fieldnames or ()):
-                    raise DataError(f'{path}:1: no column of the header is named {" or ".join(KEYS[key])}')
-            for row in table:
-                yield f'{path}:{table.line_num}', row
-    elif not trees:
-        yield from lines(path)
+def unlearnable(utterances: Iterable[Utterance], alphabet: Sequence[str],
+                frames_per_output: int) -> list[Utterance]:
+    """The utterances that last too short for CTC to say their text."""
+    return [u for u in utterances
+            if math.ceil(u.frames / frames_per_output) < outputs_needed(encode(u.text, alphabet))]
 
 
-def read_corpus(path, split='train'):
-    """A corpus, recognised by its path: JSON lines (NeMo), CSV or TSV with a header (Common Voice), LibriSpeech tree,
-    CMU Sphinx folder or its etc/*.transcription (split chooses) -> Utterances sorted by file name, and what is wrong
-    with others {where: line}. Files lie beside the manifest or in clips/. DataError where none can be read."""
-    path, utterances, faults = Path(path), [], {}
-    try:
-        for where, row in corpus_rows(path, split):
-            try:
-                row = json.loads(row) if isinstance(row, str) else row
-                if not isinstance(row, dict) or None in row:
-                    raise DataError('is no JSON object, or has more fields than the header: quote its text')
-                value = {key: next((row[n] for n in names if row.get(n) is not None), '')
-                         for key, names in KEYS.items()}
-                for key in 'audio', 'text':
-                    if not isinstance(value[key], str) or not value[key].strip():
-                        raise DataError(f'has {value[key]!r} for its {KEYS[key][0]} (or {", ".join(KEYS[key][1:])})')
-                audio, text = path.parent / value['audio'], normalise_text(value['text'])
-                text.encode()  # half of a surrogate pair is a ValueError
-                clip = path.parent / 'clips' / value['audio']  # Common Voice
-                if not audio.is_file() and not (audio := clip).is_file():
-                    raise DataError(f'{path.parent / value["audio"]} is no file')
-                duration = float(value['duration'] or soundfile.info(audio).duration)
-                if not 0 < duration < 3600:
-                    raise DataError(f'{audio}: its duration is {duration} s; it needs more than 0, less than an hour')
-                utterances.append(Utterance(audio, text, duration, str(value['speaker']), where))
-            except (ValueError, TypeError, OSError, OverflowError, RuntimeError, DataError) as error:
-                kind = 'is not a line of JSON: ' if isinstance(error, json.JSONDecodeError) else ''
-                faults[where] = f'{where}: {kind}{error}'
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f'{path}: cannot be read as a corpus ({error})') from None
-    if not utterances and not faults:
-        raise DataError(f'{path}: holds no utterances')
-    return sorted(utterances, key=lambda u: u.path.stem), faults
+# ---- utterances as the network takes them --------------------------------------------------------
 
+def load_utterance(u: Utterance) -> tuple[Tensor, int]:
+    """An utterance's wave (S,) and rate.
 
-def hold_out(utterances, seed=0):
-    """Keep a tenth for validation, by speaker where ten are known -> training, validation, the choice in words."""
-    speakers, stems = {u.speaker for u in utterances}, {u.path.stem for u in utterances}
-    known, distinct = len(speakers) >= 10 and '' not in speakers, len(stems) == len(utterances)
-    groups = [u.speaker if known else u.path.stem if distinct else u.where for u in utterances]
-    kept = set(np.random.default_rng(seed).permutation(sorted(set(groups)))[:math.ceil(len(set(groups)) / 10)].tolist())
-    train, valid = ([u for u, group in zip(utterances, groups) if (group in kept) == out] for out in (False, True))
-    choice = f'all of {", ".join(sorted(kept))}' if known else 'at random: not all speakers are known, or under ten'
-    return train, valid, f'held out for validation: {len(valid)} of {len(utterances)} utterances, {choice}'
-
-
-def load(u):
-    """An utterance's wave (S,) and rate. Raises DataError, also where the duration is not what its corpus says."""
+    Raises DataError, also where the recording does not last as long as its corpus says.
+    """
     wave, rate = read_audio(u.path)
-    if abs(len(wave) / rate - u.duration) > max(0.1, 0.1 * u.duration):
-        raise DataError(f'{u.path} lasts {len(wave) / rate:.2f} s, not {u.duration:.2f} as its duration says')
+    duration = len(wave) / rate
+    if abs(duration - u.duration) > max(0.1, 0.1 * u.duration):
+        raise DataError(f'{u.path} lasts {duration:.2f} s, not {u.duration:.2f} as its duration '
+                        'says; correct one of them')
     return wave, rate
 
 
-def unlearnable(utterances, alphabet, mel_frames):
-    """The utterances that have fewer frames than CTC needs, where one frame stands for mel_frames mel frames."""
-    return [u for u in utterances if math.ceil(u.frames / mel_frames) < frames_needed(encode(u.text, alphabet))]
+class Speech(torch.utils.data.Dataset):
+    """Utterances as (log-mels (T, 80), target (L,), index), asked for by (epoch, index).
+
+    Augmentation depends on seed, epoch and the utterance alone. frames_per_output: above 0, an
+    utterance that CTC cannot align raises DataError; 0 lets it pass, for evaluation.
+    """
+
+    def __init__(self, utterances: Sequence[Utterance], alphabet: Sequence[str],
+                 frames_per_output: int = 0, seed: int = 0, spec_augment: bool = False,
+                 speed_perturb: bool = False):
+        self.utterances = utterances
+        self.alphabet = alphabet
+        self.frames_per_output = frames_per_output
+        self.seed = seed
+        self.spec_augment = spec_augment
+        self.speed_perturb = speed_perturb
+
+    def rng(self, epoch: int, index: int) -> np.random.Generator:
+        """The random numbers of an utterance in an epoch.
+
+        Seeded by name and text: it keeps its augmentation in a subset or in another order.
+        """
+        u = self.utterances[index]
+        name = f'{u.path.stem} {u.text}'
+        return np.random.default_rng([self.seed, epoch, zlib.crc32(name.encode())])
+
+    def speed(self, epoch: int, index: int) -> int:
+        """The speed of an utterance in an epoch, in per cent of the recording's own."""
+        return int(self.rng(epoch, index).choice(SPEEDS)) if self.speed_perturb else 100
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        epoch, index = item
+        u = self.utterances[index]
+        target = encode(u.text, self.alphabet)
+        wave = resample(*load_utterance(u), SAMPLE_RATE)
+        shortest = (outputs_needed(target) - 1) * self.frames_per_output * HOP  # CTC needs more
+        if len(wave) <= shortest:
+            raise DataError(f'{u.where}: {u.path} is too short for its {len(target)} labels; '
+                            'mend or remove it')
+        speed = self.speed(epoch, index)
+        if len(wave) * 100 / speed > shortest:
+            wave = resample(wave, speed, 100)  # at 110 %, 110 samples become 100: faster and higher
+        mels = features(wave)
+        if self.spec_augment:
+            mels = spec_augment(mels, self.rng(epoch, index))
+        return mels, torch.tensor(target), index
 
 
-def gather(train, valid=None, test=None, seed=0, frames_per_output=4, most=math.inf, remarks=lambda wave, rate: ()):
-    """Paths of corpora (valid: None holds out from training, 'none' is none) -> a list of Utterances for each, what was
-    held out, a line for each broken one that was left out {where: line}, and {remark: file names}. If there are at most
-    `most`, every file is decoded, and its true duration taken."""
-    sides, faults, found, choice = [], {}, defaultdict(list), ''
-    for path, split in (train, 'train'), (valid, 'valid'), (test, 'test'):
-        utterances, more = read_corpus(path, split) if split == 'train' or path not in (None, 'none') else ([], {})
-        sides, faults = sides + [utterances], faults | more
-    for u in sum(sides, []) if sum(map(len, sides)) <= most else ():
+class Batch(NamedTuple):
+    """Utterances side by side; padding is zero."""
+    mels: Tensor            # (B, 1, T, 80)
+    lengths: Tensor         # (B,) in frames
+    targets: Tensor         # (B, L)
+    target_lengths: Tensor  # (B,)
+    indices: tuple          # of the utterances, B whole numbers
+
+
+def collate(items: Sequence[tuple[Tensor, Tensor, int]]) -> Batch:
+    """Items of Speech -> a Batch."""
+    mels, targets, indices = zip(*items)
+    lengths = [len(m) for m in mels]
+    frames = math.ceil(max(lengths) / PAD_TO) * PAD_TO
+    padded = torch.stack([F.pad(m, (0, 0, 0, frames - len(m))) for m in mels])
+    return Batch(mels=padded[:, None],
+                 lengths=torch.tensor(lengths),
+                 targets=torch.nn.utils.rnn.pad_sequence(targets, batch_first=True),
+                 target_lengths=torch.tensor([len(t) for t in targets]),
+                 indices=indices)
+
+
+def training_batches(speech: Speech, batch_size: int, epoch: int, rank: int = 0,
+                     ranks: int = 1) -> list[list[tuple[int, int]]]:
+    """One epoch's batches of (epoch, index): every utterance once, the batches in random order.
+
+    The utterances of a batch have nearly equal lengths at the speed at which they are played, so
+    that one meets others every epoch. Of several processes (ranks), each takes its share of every
+    batch, never an empty one.
+    """
+    rng = np.random.default_rng([speech.seed, epoch])
+    seconds = [u.duration / speech.speed(epoch, i) for i, u in enumerate(speech.utterances)]
+    order = np.argsort(seconds * rng.uniform(0.98, 1.02, len(seconds)), kind='stable')
+    batches = [[(epoch, int(i)) for i in order[start:start + batch_size]]
+               for start in range(0, len(order), batch_size)]
+    rng.shuffle(batches)
+    return [batch[rank::ranks] or batch[:1] for batch in batches]
+
+
+def evaluation_batches(utterances: Sequence[Utterance],
+                       batch_size: int) -> list[list[tuple[int, int]]]:
+    """Batches of (0, index): every utterance once, sorted by length."""
+    order = sorted(range(len(utterances)), key=lambda i: utterances[i].duration)
+    return [[(0, i) for i in order[start:start + batch_size]]
+            for start in range(0, len(order), batch_size)]
+
+
+def loader(speech: Speech, batches: Iterable[list[tuple[int, int]]],
+           workers: int = 0) -> torch.utils.data.DataLoader:
+    """The batches as Batch, in the order given, whatever the number of worker processes."""
+    # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with
+    # workers than without.
+    return torch.utils.data.DataLoader(speech, batch_sampler=batches, collate_fn=collate,
+                                       num_workers=workers, generator=torch.Generator())
+
+
+# ---- corpora -------------------------------------------------------------------------------------
+
+FIELDS = {  # of a row, and the names that tables and manifests have for them
+    'audio': ('audio_filepath', 'path', 'file', 'audio', 'file_name'),
+    'text': ('text', 'sentence', 'transcript', 'transcription'),
+    'duration': ('duration',),
+    'speaker': ('speaker', 'client_id'),
+}
+SUFFIXES = ('.flac', '.wav', '.sph', '.mp3', '.ogg', '.opus', '.aiff', '.aif', '.au', '.caf')
+Rows = Iterator[tuple[str, dict | str]]  # (where, a dict with names of FIELDS or a line of JSON)
+
+
+def numbered_lines(path: Path) -> list[tuple[str, str]]:
+    """A text file's lines that are not empty -> ('file:number', line)."""
+    lines = enumerate(path.read_text(encoding='utf-8-sig').split('\n'), 1)
+    return [(f'{path}:{number}', line.strip()) for number, line in lines if line.strip()]
+
+
+def with_suffix(path: Path) -> str:
+    """The audio file of this name, with whatever suffix; the path itself where there is none."""
+    for suffix in SUFFIXES:
+        file = Path(f'{path}{suffix}')
+        if file.is_file():
+            return str(file.absolute())
+    return str(path.absolute())
+
+
+def json_rows(path: Path) -> Rows:
+    """JSON lines, as NeMo has them: {"audio_filepath": "1.flac", "text": "go", "duration": 1.8}."""
+    yield from numbered_lines(path)
+
+
+def table_rows(path: Path) -> Rows:
+    """A CSV or TSV table with a header, as Common Voice has it; its TSV does not quote."""
+    form = {'strict': True}
+    if path.suffix.lower() == '.tsv':
+        form = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
+    with open(path, encoding='utf-8-sig', newline='') as file:
+        table = csv.DictReader(file, **form)
+        for field in 'audio', 'text':
+            if not set(FIELDS[field]) & set(table.fieldnames or ()):
+                raise DataError(f'{path}:1: no column of the header is named '
+                                f'{" or ".join(FIELDS[field])}; rename one')
+        for row in table:
+            yield f'{path}:{table.line_num}', row
+
+
+def librispeech_rows(folder: Path, transcripts: Iterable[Path]) -> Rows:
+    """A LibriSpeech tree, speaker/chapter/*.trans.txt: "84-121123-0001 GO DO YOU HEAR"."""
+    for path in transcripts:
+        parents = path.relative_to(folder).parts[:-1]
+        for where, line in numbered_lines(path):
+            name, _, text = line.partition(' ')
+            speaker = parents[-2] if len(parents) > 1 else name.split('-')[0]
+            audio = with_suffix(path.parent / name)
+            yield where, {'audio': audio, 'text': text, 'speaker': speaker}
+
+
+def sphinx_rows(path: Path) -> Rows:
+    """CMU Sphinx's etc/*.transcription, "<s> GO </s> (an251-fash-b)", and its .fileids."""
+    files = defaultdict(list)  # two folders may hold files of one name: first line, first file
+    for where, name in numbered_lines(path.with_suffix('.fileids')):
+        files[Path(name).name].append((where, path.parent.parent / 'wav' / name))
+    for where, line in numbered_lines(path):
+        match = re.fullmatch(r'(?:<s>)?(.*?)(?:</s>)?\s*(?:\(([^()]+)\))?', line, re.IGNORECASE)
+        text, name = match.groups()
+        file = Path(f'{name}, which the .fileids lacks,')
+        if files.get(name):
+            _, file = files[name].pop(0)
+        yield where, {'audio': with_suffix(file), 'text': text, 'speaker': file.parent.name}
+    for left in files.values():
+        for where, file in left:
+            yield where, {'audio': str(file), 'text': None}
+
+
+def corpus_rows(path: Path, split: str) -> Rows:
+    """The rows of a corpus, its form recognised by its path. Raises DataError, OSError,
+    csv.Error."""
+    if path.is_dir():
+        trees = sorted(path.rglob('*.trans.txt'))
+        etc = [p for p in path.glob('etc/*.transcription') if split in p.name]
+        if bool(trees) + len(etc) != 1:
+            raise DataError(f'{path}: a folder needs either *.trans.txt or one '
+                            f'etc/*{split}*.transcription; or name a file')
+        if trees:
+            return librispeech_rows(path, trees)
+        path = etc[0]
+    if path.suffix == '.transcription':
+        return sphinx_rows(path)
+    if path.suffix.lower() in ('.csv', '.tsv'):
+        return table_rows(path)
+    return json_rows(path)
+
+
+def parse_row(row: dict | str, folder: Path, where: str) -> Utterance:
+    """One row of a corpus whose files lie in a folder, or in its clips/ -> an Utterance.
+
+    Raises DataError, or what json, float and soundfile raise.
+    """
+    if isinstance(row, str):
         try:
-            wave, rate = load(u)
+            row = json.loads(row)
+        except json.JSONDecodeError as error:
+            raise DataError(f'is not a line of JSON: {error}; correct or remove it') from None
+    if not isinstance(row, dict) or None in row:
+        raise DataError('is no JSON object, or has more fields than the header: quote its text')
+    fields = {}
+    for field, names in FIELDS.items():
+        given = [row[name] for name in names if row.get(name) is not None]
+        fields[field] = given[0] if given else ''
+    for field in 'audio', 'text':
+        if not isinstance(fields[field], str) or not fields[field].strip():
+            first, *others = FIELDS[field]
+            raise DataError(f'has {fields[field]!r} for its {first} (or {", ".join(others)}); '
+                            'fill it in')
+    text = normalise_text(fields['text'])
+    text.encode()  # half of a surrogate pair is a ValueError
+    audio = folder / fields['audio']
+    if not audio.is_file():
+        audio = folder / 'clips' / fields['audio']  # Common Voice
+        if not audio.is_file():
+            raise DataError(f'{folder / fields["audio"]} is no file; correct its path')
+    duration = float(fields['duration'] or soundfile.info(audio).duration)
+    if not 0 < duration < 3600:
+        raise DataError(f'{audio}: its duration is {duration} s; '
+                        'it needs more than 0 and less than an hour')
+    return Utterance(audio, text, duration, str(fields['speaker']), where)
+
+
+def read_corpus(path: str | Path,
+                split: str = 'train') -> tuple[list[Utterance], dict[str, str]]:
+    """A corpus -> its Utterances sorted by file name, and what is wrong with others {where:
+    message}.
+
+    The form is recognised by the path: JSON lines (NeMo), CSV or TSV with a header (Common Voice),
+    a LibriSpeech tree, a CMU Sphinx folder or its etc/*.transcription (split chooses among
+    several). Raises DataError where none can be read.
+    """
+    path = Path(path)
+    utterances = []
+    faults = {}
+    try:
+        for where, row in corpus_rows(path, split):
+            try:
+                utterances.append(parse_row(row, path.parent, where))
+            except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError,
+                    DataError) as error:
+                faults[where] = f'{where}: {error}'
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f'{path}: cannot be read as a corpus ({error}); correct the path, or the '
+                        'file at that place') from None
+    if not utterances and not faults:
+        raise DataError(f'{path}: holds no utterances; give another corpus')
+    return sorted(utterances, key=lambda u: u.path.stem), faults
+
+
+class HeldOut(NamedTuple):
+    """Training data in two, and the choice in words."""
+    train: list[Utterance]
+    valid: list[Utterance]
+    choice: str
+
+
+def hold_out(utterances: Sequence[Utterance], seed: int = 0) -> HeldOut:
+    """Keep a tenth for validation: whole speakers where ten are known."""
+    speakers = {u.speaker for u in utterances}
+    stems = {u.path.stem for u in utterances}
+    by_speaker = len(speakers) >= 10 and '' not in speakers
+    if by_speaker:
+        groups = [u.speaker for u in utterances]
+    elif len(stems) == len(utterances):
+        groups = [u.path.stem for u in utterances]  # the same choice in any form of corpus
+    else:
+        groups = [u.where for u in utterances]
+    shuffled = np.random.default_rng(seed).permutation(sorted(set(groups))).tolist()
+    kept = set(shuffled[:math.ceil(len(shuffled) / 10)])
+    train = [u for u, group in zip(utterances, groups) if group not in kept]
+    valid = [u for u, group in zip(utterances, groups) if group in kept]
+    who = 'at random: not all speakers are known, or under ten'
+    if by_speaker:
+        who = f'all of {", ".join(sorted(kept))}'
+    return HeldOut(train, valid, f'held out for validation: {len(valid)} of {len(utterances)} '
+                                 f'utterances, {who}')
+
+
+class Splits(NamedTuple):
+    """What read_splits found."""
+    train: list[Utterance]
+    valid: list[Utterance]
+    test: list[Utterance]
+    choice: str                      # what was held out, '' where nothing was
+    faults: dict[str, str]           # {where: message} of utterances that cannot be used
+    problems: dict[str, list[str]]   # {what is wrong: names of files} of usable recordings
+
+
+def read_splits(train: str, valid: str | None = None, test: str | None = None, seed: int = 0,
+                frames_per_output: int = 4, check_up_to: float = math.inf) -> Splits:
+    """The corpora for training, validation (None: held out from training; 'none') and test.
+
+    If there are at most check_up_to utterances, every file is decoded, and its true duration taken.
+    Raises DataError where a corpus cannot be read at all.
+    """
+    sides = {}
+    faults = {}
+    problems = defaultdict(list)
+    for split, path in ('train', train), ('valid', valid), ('test', test):
+        sides[split] = []
+        if path not in (None, 'none') or split == 'train':
+            sides[split], new_faults = read_corpus(path, split)
+            faults |= new_faults
+    everything = [u for side in sides.values() for u in side]
+    if len(everything) <= check_up_to:
+        for u in everything:
+            try:
+                wave, rate = load_utterance(u)
+            except DataError as error:
+                faults[u.where] = f'{u.where}: {error}'
+                continue
             u.duration = len(wave) / rate
-            for remark in remarks(wave, rate):
-                found[remark].append(u.path.name)
-        except DataError as error:
-            faults[u.where] = f'{u.where}: {error}'
-    for u in unlearnable(sides[0], make_alphabet(sides[0]), frames_per_output):
-        faults.setdefault(u.where, f'{u.where}: {u.path} has fewer outputs than labels and repeats; mend or remove it, '
-                          'or lower --frames_per_output')
-    sides = [[u for u in side if u.where not in faults] for side in sides]
-    if valid is None and len(sides[0]) > 1:
-        sides[0], sides[1], choice = hold_out(sides[0], seed)
-    return sides, choice, faults, found
+            for problem in recording_problems(wave, rate):
+                problems[problem].append(u.path.name)
+    for u in unlearnable(sides['train'], make_alphabet(sides['train']), frames_per_output):
+        faults.setdefault(u.where, f'{u.where}: {u.path} has fewer outputs than labels and '
+                                   'repeats; mend or remove it, or lower --frames_per_output')
+    for split, side in sides.items():
+        sides[split] = [u for u in side if u.where not in faults]
+    choice = ''
+    if valid is None and len(sides['train']) > 1:
+        sides['train'], sides['valid'], choice = hold_out(sides['train'], seed)
+    return Splits(**sides, choice=choice, faults=faults, problems=problems)
 
 
-# ---- the built-in corpus: a source and a filter (Fant 1960), by rule (Klatt 1980) -----------------------------------
+# ---- inspection ----------------------------------------------------------------------------------
 
-WORDS = dict(re.findall(r'(\w+): ([\w ]+)', (
-    'zero: z ih r ao uh, one: w ah n, two: t uw, three: th r iy, four: f ao r, five: f aa ih v, six: s ih k s, '
-    'seven: s eh v ah n, eight: eh iy t, nine: n aa ih n, ten: t eh n, no: n ao uh, go: g ao uh, low: l ao uh, '
-    'stop: s t aa p, start: s t aa r t, right: r aa ih t, light: l aa ih t, night: n aa ih t, line: l aa ih n')))
-# Formants in Hz (Peterson & Barney 1952, table II, men; consonants Klatt 1980, table III, n's first is its nasal one);
-# levels of voice and hiss in dB, the hiss's centre in kHz and width in octaves, and duration in ms (these are our own,
-# by spectrogram and by what a recogniser of real speech made of them):  F1 F2 F3, voice hiss, centre width, duration
-PHONES = {name: np.array(row, float) for name, *row in map(str.split, re.split(r'[\n|]', '''\
-  iy 270 2290 3010   0 -99   4   1 110 |uw 300  870 2240   0 -99   4   1 140 |th 320 1290 2540 -99 -30   6 1.5  90
-  ih 390 1990 2550   0 -99   4   1  80 |w  290  610 2150  -4 -99   4   1  60 |s  320 1390 2530 -99 -16   6 0.5 105
-  eh 530 1840 2480   0 -99   4   1 100 |r  310 1060 1380  -4 -99   4   1  65 |z  240 1390 2530 -10 -20   6 0.5  75
-  ah 640 1190 2390   0 -99   4   1  90 |l  310 1050 2880  -4 -99   4   1  65 |p  400 1100 2150 -99 -28   1   2  30
-  aa 730 1090 2440   0 -99   4   1 110 |n  270 1340 2470 -10 -99   4   1  90 |t  400 1600 2600 -99 -19 4.5 0.7  35
-  ao 570  840 2410   0 -99   4   1 110 |f  340 1100 2080 -99 -28   6   2  95 |k  300 1990 2850 -99 -19   2 0.4  35
-  uh 440 1020 2240   0 -99   4   1  80 |v  220 1100 2080 -10 -32   6   2  55 |g  200 1990 2850  -8 -24   2 0.4  25'''))}
+def recording_problems(wave: Tensor, rate: int) -> Iterator[str]:
+    """What is wrong with a recording (S,) that can be read, in words."""
+    size = wave.abs()
+    if rate < SAMPLE_RATE:
+        yield (f'sampled at {rate} Hz: of the band up to 8000 Hz, all above {rate // 2} Hz '
+               'is missing')
+    if size.max() < 0.003:
+        yield 'near-silent, nowhere above -50 dB of full scale'
+        return
+    at_peak = size >= 0.9999 * size.max()
+    three_in_a_row = at_peak[2:] & at_peak[1:-1] & at_peak[:-2]
+    if three_in_a_row.sum() >= 5:
+        yield 'clipped, the peaks are flat'
+
+
+def describe_corpus(train: Sequence[Utterance], valid: Sequence[Utterance], alphabet: Sequence[str],
+                    plateaus: tuple[float, float]) -> None:
+    """Print what a corpus holds for training (at least one utterance) and for validation.
+
+    plateaus: the losses of uniform and of constant output, in nats per label.
+    """
+    seconds = torch.tensor([u.duration for u in train])
+    counts = Counter(''.join(u.text for u in train))
+    rare = [f'{character!r} {n} times' for character, n in sorted(counts.items()) if n < 10]
+    vocabulary = {word for u in train for word in u.text.split()}
+    unseen = {word for u in valid for word in u.text.split()} - vocabulary
+    speakers = len({u.speaker for u in train} - {''}) or 'unknown'
+    print(f'training    {len(train)} utterances, {seconds.sum() / 3600:.2f} hours, '
+          f'speakers: {speakers}')
+    print('seconds    ', *(f'{q:.0%}: {seconds.quantile(q):.1f}' for q in (0, 0.1, 0.5, 0.9, 1)))
+    print(f'alphabet    {len(alphabet) - 1} characters:', *map(repr, alphabet[1:]))
+    print('rare        ', ', '.join(rare) or 'none')
+    print(f'labels      {counts.total() / seconds.sum():.1f} a second')
+    print(f'plateaus    in nats per label: uniform output {plateaus[0]:.2f}, '
+          f'constant output {plateaus[1]:.2f}')
+    print(f'validation  {len(valid)} utterances; {len(unseen)} of their words are not in training:',
+          *sorted(unseen))
+
+
+# ---- the built-in corpus: a source and a filter (Fant 1960), by rule (Klatt 1980) ----------------
+
+WORDS = {
+    'zero': 'z ih r ao uh', 'one': 'w ah n', 'two': 't uw', 'three': 'th r iy', 'four': 'f ao r',
+    'five': 'f aa ih v', 'six': 's ih k s', 'seven': 's eh v ah n', 'eight': 'eh iy t',
+    'nine': 'n aa ih n', 'ten': 't eh n', 'no': 'n ao uh', 'go': 'g ao uh', 'low': 'l ao uh',
+    'stop': 's t aa p', 'start': 's t aa r t', 'right': 'r aa ih t', 'light': 'l aa ih t',
+    'night': 'n aa ih t', 'line': 'l aa ih n',
+}
+
+
+class Phone(NamedTuple):
+    """A speech sound, as the synthesiser makes it."""
+    f1: float        # formants, Hz
+    f2: float
+    f3: float
+    voice: float     # levels of voice and of hiss, dB
+    hiss: float
+    centre: float    # of the hiss, kHz
+    width: float     # of the hiss, octaves
+    duration: float  # ms
+
+
+# Formants: Peterson & Barney 1952, table II, men; of consonants Klatt 1980, table III (n's first is
+# its nasal one). Levels, hiss and durations are our own, by spectrogram and by what a recogniser of
+# real speech made of them.
+PHONES = {
+    #             F1    F2    F3  voice hiss centre width  ms
+    'iy': Phone(270, 2290, 3010,    0,  -99,    4,    1,  110),
+    'uw': Phone(300,  870, 2240,    0,  -99,    4,    1,  140),
+    'th': Phone(320, 1290, 2540,  -99,  -30,    6,  1.5,   90),
+    'ih': Phone(390, 1990, 2550,    0,  -99,    4,    1,   80),
+    'w':  Phone(290,  610, 2150,   -4,  -99,    4,    1,   60),
+    's':  Phone(320, 1390, 2530,  -99,  -16,    6,  0.5,  105),
+    'eh': Phone(530, 1840, 2480,    0,  -99,    4,    1,  100),
+    'r':  Phone(310, 1060, 1380,   -4,  -99,    4,    1,   65),
+    'z':  Phone(240, 1390, 2530,  -10,  -20,    6,  0.5,   75),
+    'ah': Phone(640, 1190, 2390,    0,  -99,    4,    1,   90),
+    'l':  Phone(310, 1050, 2880,   -4,  -99,    4,    1,   65),
+    'p':  Phone(400, 1100, 2150,  -99,  -28,    1,    2,   30),
+    'aa': Phone(730, 1090, 2440,    0,  -99,    4,    1,  110),
+    'n':  Phone(270, 1340, 2470,  -10,  -99,    4,    1,   90),
+    't':  Phone(400, 1600, 2600,  -99,  -19,  4.5,  0.7,   35),
+    'ao': Phone(570,  840, 2410,    0,  -99,    4,    1,  110),
+    'f':  Phone(340, 1100, 2080,  -99,  -28,    6,    2,   95),
+    'k':  Phone(300, 1990, 2850,  -99,  -19,    2,  0.4,   35),
+    'uh': Phone(440, 1020, 2240,    0,  -99,    4,    1,   80),
+    'v':  Phone(220, 1100, 2080,  -10,  -32,    6,    2,   55),
+    'g':  Phone(200, 1990, 2850,   -8,  -24,    2,  0.4,   25),
+}
+STOPS = ('p', 't', 'k', 'g')
 STEP = 64  # samples, 4 ms: how often the filter moves
-SPLITS = {'train': (336, 500, 1000), 'valid': (300, 12, 60), 'test': (312, 24, 120)}  # first speaker, speakers, clips
+SPECTRUM = {'n_fft': 512, 'hop_length': STEP, 'win_length': 256, 'window': torch.hann_window(256)}
+HERTZ = torch.linspace(0, SAMPLE_RATE / 2, 257)[:, None]
 
 
-def synthesise(text, speaker=0, seed=0):
-    """Say words of WORDS in the voice of a speaker (a whole number from 0) -> wave (S,) float32 at 16 kHz, and
-    [(word, start, end)] in seconds. The same arguments give the same sound. Raises DataError for another word."""
-    words = text.split()
-    if not words or set(words) - set(WORDS) or speaker < 0:
-        raise DataError(f'{text!r}: the synthesiser says {", ".join(WORDS)}, in the voices of speakers from 0 up')
-    voice = np.random.default_rng([seed, speaker])
-    # A shorter tract has higher formants and pitch; breath is in dB, the corner of the source's slope in Hz.
-    scale, rate, breath, corner = voice.uniform([0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500])
-    pitch = 140 * scale ** 3 * voice.uniform(0.8, 1.25)
-    accent = dict(zip(PHONES, voice.normal(1, 0.06, (len(PHONES), 3))))
-    rng = np.random.default_rng([seed, speaker, zlib.crc32(text.encode())])
+class BuiltinSplit(NamedTuple):
+    """One part of the built-in corpus."""
+    first_speaker: int
+    speakers: int
+    utterances: int
+
+
+BUILTIN = {'train': BuiltinSplit(336, 500, 1000), 'valid': BuiltinSplit(300, 12, 60),
+           'test': BuiltinSplit(312, 24, 120)}
+
+
+class Voice(NamedTuple):
+    """A speaker of the built-in corpus."""
+    tract: float    # factor of all formants: a shorter tract has higher ones, and a higher pitch
+    tempo: float    # factor of the speed
+    breath: float   # dB
+    corner: float   # of the source's slope, Hz
+    pitch: float    # Hz
+    accent: dict    # {phone: factors of its three formants}
+
+
+def draw_voice(speaker: int, seed: int) -> Voice:
+    """The voice of a speaker."""
+    rng = np.random.default_rng([seed, speaker])
+    tract, tempo, breath, corner = rng.uniform([0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500])
+    pitch = 140 * tract ** 3 * rng.uniform(0.8, 1.25)
+    accent = dict(zip(PHONES, rng.normal(1, 0.06, (len(PHONES), 3))))
+    return Voice(tract, tempo, breath, corner, pitch, accent)
+
+
+class Track(NamedTuple):
+    """What the voice is to do: a row of Phone's columns for each piece of sound, each some steps
+    long."""
+    rows: list                           # of arrays (8,)
+    steps: list                          # of 4 ms each
+    spans: list[tuple[str, int, int]]    # (word, its first row, the one behind its last)
+
+
+def plan_phones(words: Sequence[str], voice: Voice, rng: np.random.Generator) -> Track:
+    """The phones of the words in a voice, with closures, fades and gaps."""
     rows, steps, spans = [], [], []
 
     def add(row, ms, quieter=(0, 0)):  # dB, for voice and hiss
         rows.append(row - np.r_[0, 0, 0, quieter, 0, 0, 0])
         steps.append(max(1, round(ms * SAMPLE_RATE / 1000 / STEP)))
 
-    for i, word in enumerate(words, 1):
+    for number, word in enumerate(words, 1):
         first = len(steps)
         for phone in WORDS[word].split():
-            row = PHONES[phone] * np.r_[accent[phone] * scale * rng.normal(1, 0.05, 3), 1, 1, scale, 1, 1]
-            if phone in 'ptkg':  # a stop begins with a closure
-                add(row, 55 / rate * rng.uniform(0.7, 1.4), (17, 200))
-            add(row, row[7] / rate * rng.uniform(0.7, 1.4))
+            formants = voice.accent[phone] * voice.tract * rng.normal(1, 0.05, 3)
+            row = np.array(PHONES[phone]) * np.r_[formants, 1, 1, voice.tract, 1, 1]
+            if phone in STOPS:  # they begin with a closure
+                add(row, 55 / voice.tempo * rng.uniform(0.7, 1.4), (17, 200))
+            add(row, row[-1] / voice.tempo * rng.uniform(0.7, 1.4))
         spans.append((word, first, len(steps)))
-        if rng.random() < 0.6 or i == len(words):  # the voice dies away, then a gap
+        if rng.random() < 0.6 or number == len(words):  # the voice dies away, then a gap
+            voiced = PHONES[phone].voice > -50
             for fade in 10, 20, 30:
-                add(row, 40 if row[3] > -50 else 1, (fade, fade))
+                add(row, 40 if voiced else 1, (fade, fade))
             add(row, rng.uniform(30, 300), (200, 200))
-    rows, steps = [rows[0] - np.r_[0, 0, 0, 200, 200, 0, 0, 0], *rows], [rng.integers(40, 100), *steps]  # silence first
-    ends = np.cumsum(steps) * STEP / SAMPLE_RATE
-    spans = [(word, float(ends[a]), float(ends[b])) for word, a, b in spans]
+    silence = rows[0] - np.r_[0, 0, 0, 200, 200, 0, 0, 0]
+    return Track([silence, *rows], [rng.integers(40, 100), *steps], spans)
 
-    def smooth(values, width):
-        kernel = np.hanning(width + 2) / np.hanning(width + 2).sum()
-        return torch.tensor(np.convolve(np.pad(values, width, 'edge'), kernel, 'same')[width:-width].astype(np.float32))
 
-    # Coarticulation: formants glide for 50 ms from phone to phone, voicing sets in over 56 ms, noise within 16.
-    track, n = np.repeat(rows, steps, axis=0).T, sum(steps)
-    track[3:5] = 10 ** (track[3:5] / 20)
-    f1, f2, f3, voiced, hissed = map(smooth, track, (13, 13, 13, 14, 4))
-    # The source: a pulse train, all harmonics of a pitch that falls and wavers, and noise.
-    knots = pitch * np.linspace(1.1, 0.85, 2 + n // 40) * rng.normal(1, 0.07, 2 + n // 40)  # every 160 ms
-    pitch = np.interp(np.linspace(0, 1, (n - 1) * STEP), np.linspace(0, 1, len(knots)), knots)
-    half, harmonics = np.pi * np.cumsum(pitch) / SAMPLE_RATE, int(SAMPLE_RATE / 2 / pitch.max())
-    pulses = (np.sin((2 * harmonics + 1) * half) / np.sin(half) - 1) / math.sqrt(2 * harmonics)  # a sum of cosines
-    frames = {'n_fft': 512, 'hop_length': STEP, 'win_length': 256, 'window': torch.hann_window(256)}
-    pulses, noise = (torch.stft(torch.tensor(x, dtype=torch.float32), **frames, return_complex=True)  # (257, n)
-                     for x in (pulses, rng.standard_normal(len(pulses))))
-    # The filter: a resonance for each formant, the fourth and above fixed; every response has unit power.
-    def unit(response):
-        return response / response.abs().square().mean(0).sqrt()
+def smooth(values: np.ndarray, width: int) -> Tensor:
+    """A moving average of values (n,) with a Hann window of this many steps."""
+    kernel = np.hanning(width + 2) / np.hanning(width + 2).sum()
+    padded = np.pad(values, width, 'edge')
+    return torch.tensor(np.convolve(padded, kernel, 'same')[width:-width].astype(np.float32))
 
-    hertz, tube = torch.linspace(0, SAMPLE_RATE / 2, 257)[:, None], torch.ones(257, 1)
-    for f in *(scale * torch.arange(3500, 8000, 1000)), f1, f2, f3:
-        tube = tube * (1 - (hertz / f) ** 2 + 1j * hertz * ((50 + f / 20) / f ** 2))  # 50 Hz and 5 % wide
+
+def spectrogram(wave: np.ndarray) -> Tensor:
+    """The short-time Fourier transform (257, n) of a wave, a column each step."""
+    return torch.stft(torch.tensor(wave, dtype=torch.float32), **SPECTRUM, return_complex=True)
+
+
+def make_source(voice: Voice, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The spectrograms (257, n) of a pulse train, all harmonics of a moving pitch, and of noise."""
+    knots = 2 + n // 40  # every 160 ms
+    contour = voice.pitch * np.linspace(1.1, 0.85, knots) * rng.normal(1, 0.07, knots)
+    samples = (n - 1) * STEP
+    pitch = np.interp(np.linspace(0, 1, samples), np.linspace(0, 1, knots), contour)
+    half = np.pi * np.cumsum(pitch) / SAMPLE_RATE  # half the phase
+    harmonics = int(SAMPLE_RATE / 2 / pitch.max())
+    # The sum of the cosines of all harmonics, in closed form.
+    pulses = (np.sin((2 * harmonics + 1) * half) / np.sin(half) - 1) / math.sqrt(2 * harmonics)
+    return spectrogram(pulses), spectrogram(rng.standard_normal(samples))
+
+
+def unit_power(response: Tensor) -> Tensor:
+    """Filter responses (257, n) at a mean power of 1."""
+    return response / response.abs().square().mean(0).sqrt()
+
+
+def tube_response(voice: Voice, formants: Sequence[Tensor]) -> Tensor:
+    """The vocal tract's (257, n): a resonance for each formant, the fourth and above fixed."""
+    denominator = torch.ones(257, 1)
+    for f in *(voice.tract * torch.arange(3500, 8000, 1000)), *formants:
+        bandwidth = 50 + f / 20  # Hz
+        denominator = denominator * (1 - (HERTZ / f) ** 2 + 1j * HERTZ * (bandwidth / f ** 2))
+    return 1 / denominator
+
+
+def hiss_response(rows: Sequence[np.ndarray]) -> Tensor:
+    """The hiss's (257, rows): a bell over the logarithm of frequency."""
     centres, octaves = torch.tensor(np.array(rows)[:, 5:7].T, dtype=torch.float32)
-    hiss = unit((-((hertz.clamp(50) / 1000 / centres).log2() / octaves) ** 2 / 2).exp())
-    room = unit(1 / (1 + hertz / 10 ** rng.uniform(2, 3.7))) * 10 ** (-rng.uniform(10, 35) / 20)  # dB below a vowel
-    wave = torch.istft(unit(1 / tube / (1 + hertz / corner)) * voiced * pulses + noise * (
-        unit(1 / tube) * (0.3 * hissed + voiced * 10 ** (breath / 20)) + room  # some hiss passes through the tube too
-        + hiss.repeat_interleave(torch.tensor(steps), 1) * hissed), **frames)
+    distance = (HERTZ.clamp(50) / 1000 / centres).log2() / octaves
+    return unit_power((-(distance ** 2) / 2).exp())
+
+
+def room_response(rng: np.random.Generator) -> Tensor:
+    """The room's noise (257, 1), 10 to 35 dB below a vowel."""
+    colour = 1 / (1 + HERTZ / 10 ** rng.uniform(2, 3.7))
+    return unit_power(colour) * 10 ** (-rng.uniform(10, 35) / 20)
+
+
+def synthesise(text: str, speaker: int = 0,
+               seed: int = 0) -> tuple[np.ndarray, list[tuple[str, float, float]]]:
+    """Say words of WORDS in the voice of a speaker, a whole number from 0.
+
+    -> wave (S,) float32 at 16 kHz, and [(word, start, end)] in seconds. The same arguments give the
+    same sound. A pulse train of moving pitch and noise (the source) pass through moving resonances
+    (the filter). Raises DataError for another word.
+    """
+    words = text.split()
+    if not words or set(words) - set(WORDS) or speaker < 0:
+        raise DataError(f'{text!r}: the synthesiser says {", ".join(WORDS)}, in the voices of '
+                        'speakers from 0 up')
+    voice = draw_voice(speaker, seed)
+    rng = np.random.default_rng([seed, speaker, zlib.crc32(text.encode())])
+    track = plan_phones(words, voice, rng)
+    ends = np.cumsum(track.steps) * STEP / SAMPLE_RATE
+    spans = [(word, float(ends[first]), float(ends[last])) for word, first, last in track.spans]
+
+    # Coarticulation: formants glide for 50 ms from phone to phone, voicing sets in over 56 ms,
+    # noise within 16.
+    columns = np.repeat(track.rows, track.steps, axis=0).T
+    formants = [smooth(column, 13) for column in columns[:3]]
+    voiced = smooth(10 ** (columns[3] / 20), 14)
+    hissed = smooth(10 ** (columns[4] / 20), 4)
+
+    pulses, noise = make_source(voice, sum(track.steps), rng)
+    tube = tube_response(voice, formants)
+    slope = 1 + HERTZ / voice.corner
+    hiss = hiss_response(track.rows).repeat_interleave(torch.tensor(track.steps), 1)
+    room = room_response(rng)
+    breath = 10 ** (voice.breath / 20)
+    noise_filter = unit_power(tube) * (0.3 * hissed + voiced * breath) + room + hiss * hissed
+    spectrum = unit_power(tube / slope) * voiced * pulses + noise * noise_filter
+    wave = torch.istft(spectrum, **SPECTRUM)
     return (wave * (rng.uniform(0.2, 0.9) / wave.abs().max())).numpy(), spans
 
 
-def builtin_corpus(folder='corpus'):
-    """Speak the built-in corpus into a folder, once -> {'train': manifest, 'valid': ..., 'test': ...}; no speaker is in
-    two of them. One to six random words an utterance. Raises OSError where the folder cannot be made."""
-    folder, unfinished = Path(folder), Path(f'{folder}.unfinished')  # an interrupted one is no corpus
+def speak_split(split: str, folder: Path) -> None:
+    """Write one part of the built-in corpus: a folder of recordings and their manifest.
+
+    One to six random words an utterance. Raises OSError.
+    """
+    first_speaker, speakers, utterances = BUILTIN[split]
+    rng = np.random.default_rng(first_speaker)
+    rows = []
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    for i in range(utterances):
+        text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
+        speaker = first_speaker + i % speakers
+        wave, _ = synthesise(text, speaker)
+        file = f'{split}/{i:04}.flac'
+        soundfile.write(folder / file, wave, SAMPLE_RATE)
+        rows.append(json.dumps({'audio_filepath': file, 'text': text,
+                                'duration': len(wave) / SAMPLE_RATE, 'speaker': f'{speaker}'}))
+    (folder / f'{split}.jsonl').write_text('\n'.join(rows) + '\n')
+
+
+def builtin_corpus(folder: str | Path = 'corpus') -> dict[str, str]:
+    """Speak the built-in corpus into a folder, once -> {'train': manifest, 'valid': ..., 'test':
+    ...}.
+
+    No speaker is in two of them. Raises OSError where the folder cannot be made.
+    """
+    folder = Path(folder)
+    unfinished = Path(f'{folder}.unfinished')  # an interrupted one is no corpus
     if not (folder / 'test.jsonl').exists():
         print(f'speaking the built-in corpus into {folder}, once', flush=True)
-        for split, (first, speakers, utterances) in SPLITS.items():
-            rng, rows = np.random.default_rng(first), []
-            (unfinished / split).mkdir(parents=True, exist_ok=True)
-            for i in range(utterances):
-                text, speaker = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7))), first + i % speakers
-                wave, _ = synthesise(text, speaker)
-                soundfile.write(unfinished / split / f'{i:04}.flac', wave, SAMPLE_RATE)
-                rows.append(json.dumps({'audio_filepath': f'{split}/{i:04}.flac', 'text': text,
-                                        'duration': len(wave) / SAMPLE_RATE, 'speaker': f'{speaker}'}) + '\n')
-            (unfinished / f'{split}.jsonl').write_text(''.join(rows))
+        for split in BUILTIN:
+            speak_split(split, unfinished)
         unfinished.rename(folder)
-    return {split: str(folder / f'{split}.jsonl') for split in SPLITS}
+    return {split: str(folder / f'{split}.jsonl') for split in BUILTIN}
 
 
-# ---- utterances as the network takes them -------------------------------------------------------------------------
+# ---- python data.py ------------------------------------------------------------------------------
 
-class Speech(torch.utils.data.Dataset):
-    """Utterances as (log-mels (T, 80), target (L,), index), asked for by (epoch, index): augmentation depends on seed,
-    epoch and the utterance alone. frames_per_output: 0 lets utterances pass that CTC cannot align (evaluation)."""
-
-    def __init__(self, utterances, alphabet, frames_per_output=0, seed=0, spec_augment=False, speed_perturb=False):
-        self.utterances, self.alphabet, self.frames_per_output = utterances, alphabet, frames_per_output
-        self.seed, self.spec_augment, self.speed_perturb = seed, spec_augment, speed_perturb
-
-    def rng(self, epoch, index):
-        u = self.utterances[index]  # name and text: an utterance keeps its augmentation in a subset or in another order
-        return np.random.default_rng([self.seed, epoch, zlib.crc32(f'{u.path.stem} {u.text}'.encode())])
-
-    def speed(self, epoch, index):
-        """In per cent of the recording's own; batches are made of utterances that are then of nearly equal lengths."""
-        return int(self.rng(epoch, index).choice(SPEEDS)) if self.speed_perturb else 100
-
-    def __getitem__(self, item):
-        u, speed = self.utterances[item[1]], self.speed(*item)
-        target, wave = encode(u.text, self.alphabet), resample(*load(u), SAMPLE_RATE)
-        shortest = (frames_needed(target) - 1) * self.frames_per_output * HOP  # samples that CTC needs more than
-        if len(wave) <= shortest:
-            raise DataError(f'{u.where}: {u.path} is too short for its {len(target)} labels; mend or remove it')
-        if len(wave) * 100 / speed > shortest:
-            wave = resample(wave, speed, 100)  # from 110 to 100 samples, say: tempo and pitch both rise by 10 %
-        mels = normalise(log_mels(wave))
-        return spec_augment(mels, self.rng(*item)) if self.spec_augment else mels, torch.tensor(target), item[1]
+def inspect_corpus(path: str, valid_data: str | None) -> None:
+    """Print what a corpus holds, and what is wrong with it. Raises DataError where training
+    would."""
+    import monitor
+    splits = read_splits(path, valid_data)
+    problems = splits.problems
+    if splits.train:
+        alphabet = make_alphabet(splits.train)
+        targets = [encode(u.text, alphabet) for u in splits.train]
+        outputs = torch.tensor([math.ceil(u.frames / 4) for u in splits.train])
+        describe_corpus(splits.train, splits.valid, alphabet,
+                        monitor.plateau_lines(targets, outputs, len(alphabet)))
+        for u in unlearnable(splits.train, alphabet, 8):
+            problems['too short before upsampling by --blocks 11'].append(u.path.name)
+    print(splits.choice)
+    for problem, names in problems.items():
+        print(f'{len(names)} files {problem}: {" ".join(names)}')
+    if splits.faults or not splits.train or not (splits.valid or valid_data):
+        summary = f'{len(splits.faults)} faults, {len(splits.train)} utterances left for training'
+        raise DataError('\n'.join([summary, *splits.faults.values()]))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description='Inspect a corpus before training, or say a sentence.')
-    parser.add_argument('path', help='corpus (see read_corpus) or audio file; with --say, the file to write')
-    parser.add_argument('--valid_data', help='corpus for validation; unset: a tenth is held out, as with train.py')
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description='Inspect a corpus before training, or say a sentence.')
+    parser.add_argument('path', help='corpus (see read_corpus) or audio file; '
+                                     'with --say, the file to write')
+    parser.add_argument('--valid_data', help='corpus for validation; unset: a tenth is held out, '
+                                             'as with train.py')
     parser.add_argument('--say', metavar='TEXT', help=f'any of: {" ".join(WORDS)}')
     parser.add_argument('--speaker', type=int, default=0, help='with --say: whose voice, 0 or more')
     args = parser.parse_args(argv)
-    import monitor
     try:
         if args.say is not None:
             wave, spans = synthesise(normalise_text(args.say), args.speaker)
             soundfile.write(args.path, wave, SAMPLE_RATE)
-            print(*(f'{start:6.2f} {end:6.2f}  {word}' for word, start, end in spans), sep='\n')
+            for word, start, end in spans:
+                print(f'{start:6.2f} {end:6.2f}  {word}')
         elif Path(args.path).suffix.lower() in SUFFIXES:
             wave, rate = read_audio(args.path)
-            print(f'{args.path}: {len(wave) / rate:.2f} s at {rate} Hz', *monitor.remarks(wave, rate), sep='\n')
+            print(f'{args.path}: {len(wave) / rate:.2f} s at {rate} Hz',
+                  *recording_problems(wave, rate), sep='\n')
         else:
-            (train, valid, _), choice, faults, found = gather(args.path, args.valid_data, remarks=monitor.remarks)
-            alphabet = make_alphabet(train)
-            if train:
-                monitor.describe(train, valid, [encode(u.text, alphabet) for u in train], alphabet,
-                                 torch.tensor([math.ceil(u.frames / 4) for u in train]))
-            found['too short before upsampling by --blocks 11'] = [u.path.name for u in unlearnable(train, alphabet, 8)]
-            print(choice, *(f'{len(v)} files {key}: {" ".join(v)}' for key, v in found.items() if v), sep='\n')
-            if faults or not train or not (valid or args.valid_data):
-                raise DataError('\n'.join([f'{len(faults)} faults, {len(train)} utterances left', *faults.values()]))
+            inspect_corpus(args.path, args.valid_data)
     except (DataError, soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
         sys.exit(f'data.py: {error}')
 

@@ -1,287 +1,412 @@
-"""What a run says about itself: gradients, outputs, the two plateaus of CTC, word error rate, and its diseases by name.
+"""What a run says about itself: error rates, CTC's two plateaus, gradients, outputs, and what is
+wrong by name.
+
+    python monitor.py RUN ...       a run by epochs, its warnings, its best epoch, how to go on
 
 A stuck CTC model sits on one of two lines, both known before training, in nats per label:
-    uniform    every symbol equally likely in every frame; an untrained network starts here
-    constant   the best output that ignores its input: mostly blank, the rest by letter frequency (about 2.9 for
-               English); a falling loss that ends here has learnt nothing from the sound
-Reference: Graves et al. 2006 (CTC). Input dependence is the mutual information between frame and output.
+
+    uniform    every symbol equally likely in every output; an untrained network starts here
+    constant   the best output that ignores its input: mostly blank, the rest by letter frequency
+               (about 2.9 for English); a falling loss that ends here has learnt nothing
+
+Nothing here needs the other modules: Gradients, Outputs, plateau_lines and error_rates serve any
+CTC model whose blank is symbol 0.
+ References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani & Ney 2004
+(bootstrap).
 """
 import argparse
 import json
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 UNIFORM_ENTROPY = 0.95   # of ln V, a batch's mean entropy: above, the batch counts as uniform
-IGNORED = 0.05           # share of a healthy input dependence
-PARTS = ('backbone', 'recurrent', 'head')
+IGNORED = 0.05           # share of a healthy input dependence: below, the sound is ignored
 VANISHED = 1e-3          # a part's gradient norm, as a share of the largest part's
 EXPLODED = 1e3           # a part's gradient norm
-CLEAR = '\x1b[K'  # ANSI escape: erase to the end of the line
+BLANKS = 0.99            # share of outputs that are blank: above, it is a collapse
+CLEAR = '\x1b[K'         # ANSI escape: erase to the end of the line
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------
+# ---- error rates ---------------------------------------------------------------------------------
 
-def edit_counts(reference, hypothesis):
-    """Substitutions, insertions, deletions of a cheapest alignment of two sequences (Levenshtein 1966)."""
-    row = [(j, 0, j, 0) for j in range(len(hypothesis) + 1)]  # (cost, S, I, D) of turning reference[:i] into [:j]
-    for i, r in enumerate(reference, 1):
-        previous, row = row, [(i, 0, 0, i)]
-        for j, h in enumerate(hypothesis, 1):
-            c, s, n, d = previous[j - 1]
-            best = (c, s, n, d) if r == h else (c + 1, s + 1, n, d)
-            c, s, n, d = row[j - 1]
-            best = min(best, (c + 1, s, n + 1, d))
-            c, s, n, d = previous[j]
-            row.append(min(best, (c + 1, s, n, d + 1)))
-    return row[-1][1:]
+class Edits(NamedTuple):
+    """What turns a reference into a hypothesis."""
+    cost: int
+    substitutions: int
+    insertions: int
+    deletions: int
 
 
-def error_rates(references, hypotheses):
-    """Word and character error rates in per cent, errors pooled over all utterances: (S + I + D) / reference length.
-    interval: the middle 95 % of the WERs of 1,000 bootstrap samples of as many utterances (Bisani & Ney 2004)."""
-    pairs = list(zip(references, hypotheses))
-    counts = torch.tensor([(*edit_counts(r.split(), h.split()), len(r.split())) for r, h in pairs])
-    s, i, d, words = counts.sum(0).tolist()
-    characters = sum(sum(edit_counts(r, h)) for r, h in pairs)
-    draws = torch.randint(len(counts), (1000, len(counts)), generator=torch.Generator().manual_seed(0))
-    rates = torch.stack([100 * sample[:3].sum() / sample[3] for sample in (counts[draw].sum(0) for draw in draws)])
-    return {'wer': 100 * (s + i + d) / words, 'interval': rates.quantile(torch.tensor([0.025, 0.975])).tolist(),
-            'cer': 100 * characters / sum(map(len, references)), 'substitutions': s, 'insertions': i, 'deletions': d,
-            'words': words, 'utterances': len(references)}
+def edit_counts(reference: Sequence, hypothesis: Sequence) -> Edits:
+    """The edits of a cheapest alignment of two sequences (Levenshtein 1966).
+
+    On a tie, the one with fewer substitutions, then insertions.
+    """
+    row = [Edits(j, 0, j, 0) for j in range(len(hypothesis) + 1)]  # of the empty reference
+    for i, said in enumerate(reference, 1):
+        above = row
+        row = [Edits(i, 0, 0, i)]
+        for j, heard in enumerate(hypothesis, 1):
+            cost, s, n, d = above[j - 1]
+            same = Edits(cost, s, n, d) if said == heard else Edits(cost + 1, s + 1, n, d)
+            cost, s, n, d = row[j - 1]
+            inserted = Edits(cost + 1, s, n + 1, d)
+            cost, s, n, d = above[j]
+            deleted = Edits(cost + 1, s, n, d + 1)
+            row.append(min(same, inserted, deleted))
+    return row[-1]
 
 
-# ---- the two plateaus ---------------------------------------------------------------------------------------------
+def bootstrap_interval(errors: Tensor, words: Tensor) -> list[float]:
+    """The middle 95 % of the word error rates of 1,000 samples of as many utterances.
 
-def plateau_lines(targets, lengths, vocab_size):
-    """The losses, in nats per label, of a uniform output and of the best constant one, by F.ctc_loss itself; best
-    over the blank's share, the rest by letter frequency (free letter shares gain less than 2 % more).
-    targets: lists of symbols; lengths: their output frames, (N,). Of up to 500 utterances, those count that have labels
-    and frames enough; nan where none has."""
-    some = slice(None, None, math.ceil(len(targets) / 500))
-    targets, lengths = targets[some], lengths[some]
-    letters = Counter(s for target in targets for s in target)
-    frequency = torch.tensor([letters[s] for s in range(vocab_size)], dtype=torch.float64)
+    errors, words: (N,), by utterance. In per cent (Bisani & Ney 2004).
+    """
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(words), (1000, len(words)), generator=generator)
+    rates = 100 * errors[draws].sum(1) / words[draws].sum(1)
+    return rates.quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict:
+    """Word and character error rates in per cent, with counts and the WER's 95 % interval.
+
+    (S + I + D) / reference length; errors are pooled over all utterances.
+    """
+    edits = [edit_counts(r.split(), h.split()) for r, h in zip(references, hypotheses)]
+    words = [len(r.split()) for r in references]
+    characters = sum(len(r) for r in references)
+    errors = sum(e.cost for e in edits)
+    character_errors = sum(edit_counts(r, h).cost for r, h in zip(references, hypotheses))
+    return {
+        'wer': 100 * errors / sum(words),
+        'interval': bootstrap_interval(torch.tensor([e.cost for e in edits]), torch.tensor(words)),
+        'cer': 100 * character_errors / characters,
+        'substitutions': sum(e.substitutions for e in edits),
+        'insertions': sum(e.insertions for e in edits),
+        'deletions': sum(e.deletions for e in edits),
+        'words': sum(words),
+        'utterances': len(references),
+    }
+
+
+# ---- the two plateaus ----------------------------------------------------------------------------
+
+def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
+                  vocab_size: int) -> tuple[float, float]:
+    """The losses, in nats per label, of a uniform output and of the best constant one.
+
+    targets: symbols by utterance; lengths: outputs by utterance, (N,). Both lines come from
+    F.ctc_loss itself; the second is the best over the blank's share, the rest by letter frequency
+    (letter shares that are free gain less than 2 % more). Up to 500 utterances count, those that
+    have labels and outputs enough; nan where none has.
+    """
+    step = math.ceil(len(targets) / 500)
+    targets, lengths = targets[::step], lengths[::step]
+    letters = Counter(symbol for target in targets for symbol in target)
+    frequency = torch.tensor([letters[symbol] for symbol in range(vocab_size)], dtype=torch.float64)
     frequency /= frequency.sum()
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in targets], batch_first=True)
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(t) for t in targets], batch_first=True)
     target_lengths = torch.tensor([len(t) for t in targets])
 
     def loss(distribution):
-        frames = distribution.clamp_min(1e-30).log().expand(int(lengths.max()), len(targets), vocab_size)
-        losses = F.ctc_loss(frames, padded, lengths, target_lengths, reduction='none') / target_lengths
+        log_probs = distribution.clamp_min(1e-30).log()
+        log_probs = log_probs.expand(int(lengths.max()), len(targets), vocab_size)
+        losses = F.ctc_loss(log_probs, padded, lengths, target_lengths, reduction='none')
+        losses = losses / target_lengths
         return losses[losses.isfinite()].mean().item()
 
     def constant(blank):
-        return loss(torch.cat([torch.tensor([blank], dtype=torch.float64), frequency[1:] * (1 - blank)]))
+        distribution = frequency * (1 - blank)
+        distribution[0] = blank
+        return loss(distribution)
 
-    return loss(torch.full_like(frequency, 1 / vocab_size)), min(constant(share / 50) for share in range(50))
-
-
-def way(loss, lines):
-    """Share of the way from the uniform line (0) to the constant one (1). Reaching 1 is not learning; passing it is."""
-    return (lines[0] - loss) / (lines[0] - lines[1])
+    uniform = loss(torch.full_like(frequency, 1 / vocab_size))
+    return uniform, min(constant(share / 50) for share in range(50))
 
 
-# ---- gradients and outputs ----------------------------------------------------------------------------------------
+def plateau_fraction(loss: float, lines: tuple[float, float]) -> float:
+    """How far a loss has come from the uniform line, 0, to the constant one, 1.
+
+    Reaching 1 is not learning; passing it is.
+    """
+    uniform, constant = lines
+    return (uniform - loss) / (uniform - constant)
+
+
+# ---- gradients and outputs -----------------------------------------------------------------------
 
 class Gradients:
-    """Norms before clipping, in all and by part, over an epoch's updates."""
+    """Gradient norms before clipping, in all and by part, over an epoch's updates.
 
-    def __init__(self, network):
-        self.groups = {part: [] for part in PARTS}  # the backbone has all that is before the LSTM
+    parts: {name: prefixes of its parameters' names}; without, each of the network's children is
+    one. Raises ValueError where a parameter belongs to no part, or a part has none.
+    """
+
+    def __init__(self, network: nn.Module, parts: Mapping[str, Sequence[str]] | None = None):
+        if parts is None:
+            parts = {name: [f'{name}.'] for name, child in network.named_children()
+                     if any(True for _ in child.parameters())}
+        self.groups = {part: [] for part in parts}
         for name, parameter in network.named_parameters():
-            part = name.split('.')[0]
-            self.groups[part if part in self.groups else 'backbone'].append(parameter)
+            owners = [part for part, prefixes in parts.items() if name.startswith(tuple(prefixes))]
+            if not owners:
+                raise ValueError(f'{name} belongs to none of the parts {", ".join(parts)}; '
+                                 'give its prefix to one')
+            self.groups[owners[0]].append(parameter)
+        empty = [part for part, group in self.groups.items() if not group]
+        if empty:
+            raise ValueError(f'no parameter has a prefix of {", ".join(empty)}; correct the prefix')
         self.reset()
 
-    def reset(self):
-        self.norms = {part: [] for part in (*self.groups, 'norm')}  # 'norm': of all parts together
-        self.clipped, self.nonfinite, self.updates = 0, 0, 0
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self.norms = {part: [] for part in (*self.groups, 'norm')}  # 'norm': all parts together
+        self.clipped = 0
+        self.nonfinite = 0
+        self.updates = 0
 
-    def clip(self, maximum):
-        """Record the norms, then scale all gradients to the total norm `maximum` if above (0: leave them).
-        False where the norm is not finite: the update must be left out."""
-        norms = {part: torch.nn.utils.get_total_norm([p.grad for p in group]) for part, group in self.groups.items()}
+    def clip(self, maximum: float) -> bool:
+        """Record the norms, then scale all gradients to the total norm `maximum` if above (0:
+        never).
+
+        False where the norm is not finite: the update must be left out.
+        """
+        norms = {part: nn.utils.get_total_norm([p.grad for p in group])
+                 for part, group in self.groups.items()}
         total = torch.stack(list(norms.values())).norm()
         self.updates += 1
         if not torch.isfinite(total):
             self.nonfinite += 1
             return False
-        for part, norm in (norms | {'norm': total}).items():
+        for part, norm in norms.items():
             self.norms[part].append(norm.item())
+        self.norms['norm'].append(total.item())
         if maximum and total > maximum:
             self.clipped += 1
-            torch.nn.utils.clip_grads_with_norm_(sum(self.groups.values(), []), maximum, total)
+            for group in self.groups.values():
+                nn.utils.clip_grads_with_norm_(group, maximum, total)
         return True
 
-    def report(self):
-        """Mean norm in all and by part, share of clipped updates, number of non-finite ones."""
-        mean = {f'grad_{part}': sum(norms) / max(1, len(norms)) for part, norms in self.norms.items()}
-        return mean | {'grad_norm_max': max(self.norms['norm'], default=0), 'nonfinite': self.nonfinite,
-                       'clipped': self.clipped / max(1, self.updates)}
+    def summary(self) -> dict[str, float]:
+        """Mean norms, in all and by part, the largest, the share of clipped and number of lost
+        updates."""
+        means = {f'grad_{part}': sum(norms) / max(1, len(norms))
+                 for part, norms in self.norms.items()}
+        return means | {'grad_norm_max': max(self.norms['norm'], default=0),
+                        'nonfinite': self.nonfinite,
+                        'clipped': self.clipped / max(1, self.updates)}
 
 
-def letter_entropy(targets):
+def valid_frames(frames: int, lengths: Tensor) -> Tensor:
+    """The mask (B, frames) that is true within each clip's length (B,), false in its padding."""
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]
+
+
+def letter_entropy(targets: Iterable[Sequence[int]]) -> float:
     """Entropy of the targets' symbols in nats: 2.8 for English letters and the space."""
-    counts = Counter(s for target in targets for s in target)
-    return -sum(c / counts.total() * math.log(c / counts.total()) for c in counts.values())
+    counts = Counter(symbol for target in targets for symbol in target)
+    shares = [count / counts.total() for count in counts.values()]
+    return -sum(share * math.log(share) for share in shares)
 
 
 class Outputs:
-    """Statistics of log-probabilities over an epoch's valid frames."""
+    """Statistics of log-probabilities over an epoch's valid outputs.
 
-    def __init__(self, vocab_size, letters):
-        self.vocab_size, self.letters = vocab_size, letters  # letters: letter_entropy of the transcripts
+    letters: letter_entropy of the transcripts, in nats.
+    """
+
+    def __init__(self, vocab_size: int, letters: float):
+        self.vocab_size = vocab_size
+        self.letters = letters
         self.reset()
 
-    def reset(self):
-        self.frames = self.entropy = self.dependence = self.blanks = self.emitted = self.characters = self.uniform = 0
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self.outputs = 0
+        self.entropy = 0.0
+        self.dependence = 0.0
+        self.blanks = 0
+        self.emitted = 0
+        self.characters = 0
+        self.uniform = 0
 
     @torch.no_grad()
-    def add(self, log_probs, lengths, target_lengths):
-        """log_probs (B, T', V) with their lengths (B,), and the references' lengths in characters (B,)."""
-        valid = torch.arange(log_probs.shape[1], device=lengths.device) < lengths[:, None]  # (B, T')
-        frames = log_probs[valid]  # (N, V)
-        probabilities = frames.exp()
-        entropy, mean = -(probabilities * frames).sum(1), probabilities.mean(0)
-        best = log_probs.argmax(2).masked_fill(~valid, 0)
-        self.frames += len(frames)
+    def add(self, log_probs: Tensor, lengths: Tensor, target_lengths: Tensor) -> None:
+        """log_probs (B, T', V) with their lengths (B,), and the transcripts' in characters (B,)."""
+        valid = valid_frames(log_probs.shape[1], lengths)                   # (B, T')
+        outputs = log_probs[valid]                                          # (N, V)
+        probabilities = outputs.exp()
+        entropy = -(probabilities * outputs).sum(1)                         # (N,)
+        best = log_probs.argmax(2).masked_fill(~valid, 0)                   # (B, T')
+        before = F.pad(best[:, :-1], (1, 0))
+        self.outputs += len(outputs)
         self.entropy += entropy.sum().item()
         self.uniform += int(entropy.mean() > UNIFORM_ENTROPY * math.log(self.vocab_size))
-        self.blanks += (frames.argmax(1) == 0).sum().item()
-        self.emitted += ((best != F.pad(best[:, :-1], (1, 0))) & (best != 0)).sum().item()
+        self.blanks += (outputs.argmax(1) == 0).sum().item()
+        self.emitted += ((best != before) & (best != 0)).sum().item()
         self.characters += int(target_lengths.sum())
-        # H(mean p) - mean H(p) in the batch: over an epoch, a constant output that drifts would not score 0.
+        # H(mean p) - mean H(p), the mutual information of output and symbol; in the batch, for over
+        # an epoch a constant output that drifts would not score 0.
+        mean = probabilities.mean(0)
         marginal = -(mean * mean.clamp_min(1e-30).log()).sum()
-        self.dependence += len(frames) * (marginal - entropy.mean()).item()
+        self.dependence += len(outputs) * (marginal - entropy.mean()).item()
 
-    def report(self):
-        """entropy: mean over frames, as a share of ln V. blank: share of frames whose best symbol is the blank.
-        input_dependence: H(mean p) - mean H(p) by batch, in nats, 0 for an output that ignores its input;
-        dependence_share: the same as a share of h(L/T) + L/T * H(letters), what giving each label one frame would
-        show, h the binary entropy (up to its top at L/T = 0.5). emitted: symbols decoded per reference character.
-        uniform_batches: those with a mean entropy above 0.95 ln V."""
-        n = max(1, self.frames)
-        dependence, rate = self.dependence / n, min(0.5, max(1e-6, self.characters / n))
-        healthy = rate * (self.letters - math.log(rate)) - (1 - rate) * math.log(1 - rate)
-        return {'entropy': self.entropy / n / math.log(self.vocab_size), 'blank': self.blanks / n,
-                'input_dependence': dependence, 'dependence_share': dependence / healthy,
-                'emitted': self.emitted / max(1, self.characters), 'uniform_batches': self.uniform}
+    def summary(self) -> dict[str, float]:
+        """The keys of the log that say what the outputs are like.
+
+        entropy             mean over outputs, as a share of ln V
+        blank               share of outputs whose best symbol is the blank
+        input_dependence    H(mean p) - mean H(p) by batch, in nats; 0 if the input is ignored
+        dependence_share    the same, as a share of h(r) + r * H(letters), which giving each label
+                            one output would show; r: labels an output, h: the binary entropy,
+                            up to its top at r = 0.5
+        emitted             symbols decoded per character of the transcripts
+        uniform_batches     batches with a mean entropy above 0.95 ln V
+        """
+        n = max(1, self.outputs)
+        r = min(0.5, max(1e-6, self.characters / n))
+        healthy = r * (self.letters - math.log(r)) - (1 - r) * math.log(1 - r)
+        dependence = self.dependence / n
+        return {'entropy': self.entropy / n / math.log(self.vocab_size),
+                'blank': self.blanks / n,
+                'input_dependence': dependence,
+                'dependence_share': dependence / healthy,
+                'emitted': self.emitted / max(1, self.characters),
+                'uniform_batches': self.uniform}
 
 
-def diagnose(record):
-    """One epoch's record of the log -> its diseases in words, none for a healthy epoch."""
+# ---- what is wrong -------------------------------------------------------------------------------
+
+def gradient_warnings(record: Mapping) -> Iterator[str]:
+    """What is wrong with an epoch's gradients, by part."""
+    norms = {key.removeprefix('grad_'): norm for key, norm in record.items()
+             if key.startswith('grad_') and key not in ('grad_norm', 'grad_norm_max')}
+    largest = max(norms.values())
+    for part, norm in norms.items():
+        if norm < VANISHED * largest:
+            yield (f'vanishing gradient in the {part}: norm {norm:.1e}, elsewhere {largest:.1e}; '
+                   'look at the initialisation of what lies between the two')
+        elif norm > EXPLODED:
+            yield f'exploding gradient in the {part}: norm {norm:.1e}; lower --learning_rate'
+
+
+def diagnose(record: Mapping) -> list[str]:
+    """One epoch's record of the log -> what is wrong in words, each with a next step; [] if
+    healthy."""
     warnings = []
     if record['nonfinite']:
-        warnings.append(f"{record['nonfinite']} updates left out: gradients not finite; lower --learning_rate")
+        warnings.append(f"{record['nonfinite']} updates left out, their gradients were not finite; "
+                        'lower --learning_rate')
     if record['train_loss'] < -1e-4:
-        warnings.append('negative CTC loss: the outputs are no log-probabilities, or the blank is among the targets')
-    largest = max(record[f'grad_{part}'] for part in PARTS)
-    for part in PARTS:
-        norm = record[f'grad_{part}']
-        if norm < VANISHED * largest:
-            warnings.append(f'vanishing gradient in the {part}: norm {norm:.1e}, elsewhere {largest:.1e}; '
-                            'look at the initialisation')
-        elif norm > EXPLODED:
-            warnings.append(f'exploding gradient in the {part}: norm {norm:.1e}; lower --learning_rate')
+        warnings.append('negative CTC loss, which no probabilities give; apply log_softmax to the '
+                        'outputs, and keep the blank out of the targets')
+    warnings += gradient_warnings(record)
     if record['uniform_batches']:
-        warnings.append(f"uniform output in {record['uniform_batches']} batches: nothing learnt there yet")
+        warnings.append(f"uniform output in {record['uniform_batches']} batches: nothing is learnt "
+                        'there yet; if it lasts beyond the first epoch, raise --learning_rate')
     if record['dependence_share'] < IGNORED and record['entropy'] < UNIFORM_ENTROPY:
-        warnings.append(f"output ignores the input: {record['train_way']:.0%} of the way from uniform to constant "
-                        'output, the second plateau')
-    if record['blank'] > 0.99:
-        warnings.append(f"blank collapse: {record['blank']:.1%} of the frames are blank, {record['emitted']:.0%} of "
-                        'the characters emitted')
+        way = record['train_way']
+        warnings.append(f'the output ignores the sound: the loss has come {way:.0%} of the way to '
+                        'the constant line, the second plateau; if it stays, see whether ten '
+                        'utterances can be learnt (train.py --overfit 10)')
+    if record['blank'] > BLANKS:
+        warnings.append(f"blank collapse: {record['blank']:.1%} of the outputs are blank, "
+                        f"{record['emitted']:.0%} of the characters emitted; usual early on, if it "
+                        'stays, more updates: a smaller --batch_size or more --epochs')
     return warnings
 
 
-# ---- the report ---------------------------------------------------------------------------------------------------
-
-def progress(update, updates, loss, seconds):
-    """A live line on a terminal: updates done and to do in all, the epoch's loss so far, time left at seconds each."""
-    if sys.stderr.isatty():
-        left = int(seconds * (updates - update))
-        print(f'\rupdate {update}/{updates}  loss {loss:.3f}  {left // 60} min {left % 60:02d} s left',
-              end=CLEAR, file=sys.stderr, flush=True)
-
-
-def line(record):
-    """A record of the log -> a line, the epoch's warnings beneath; the way is that from uniform to constant output."""
-    valid = '  valid {valid_loss:.3f}  WER {wer:.1f} %  CER {cer:.1f} %' if 'wer' in record else ''
-    text = ('epoch {epoch:3d}  {train_seconds:4.0f} s  loss {train_loss:.3f}, {train_way:.0%} of the way' + valid
-            + '  gradient {grad_norm:.2f}  blank {blank:.0%}  dependence {dependence_share:.2f}').format(**record)
-    return '\n    ! '.join([text, *record['warnings']])
-
-
-def report(record, sentence):
-    """The terminal's lines for one epoch; sentence: (index, said, heard, strip), or None without validation."""
-    print(('\r' + CLEAR if sys.stderr.isatty() else '') + line(record))
-    if sentence:
-        print('     said {1}\n    heard {2}\n          {3}'.format(*sentence), flush=True)
-
-
-def remarks(wave, rate):
-    """What ails a recording (S,) that can be read, in words."""
-    size = wave.abs()
-    flat = size >= 0.9999 * size.max()
-    if rate < 16000:
-        yield f'sampled at {rate} Hz: of the band up to 8000 Hz, all above {rate // 2} Hz is missing'
-    if size.max() < 0.003:
-        yield 'near-silent, nowhere above -50 dB of full scale'
-    elif (flat[2:] & flat[1:-1] & flat[:-2]).sum() >= 5:
-        yield 'clipped, the peaks are flat'
-
-
-def describe(train, valid, targets, alphabet, outputs):
-    """Print what a corpus holds: utterances for training (at least one) and validation, the former's targets in
-    symbols of the alphabet and their output frames."""
-    lengths = torch.tensor([u.duration for u in train])
-    counts = Counter(''.join(u.text for u in train))
-    unseen = {w for u in valid for w in u.text.split()} - {w for u in train for w in u.text.split()}
-    uniform, constant = plateau_lines(targets, outputs, len(alphabet))
-    speakers = len({u.speaker for u in train} - {''}) or 'unknown'
-    print(f'training    {len(train)} utterances, {lengths.sum() / 3600:.2f} hours, speakers: {speakers}')
-    print('seconds    ', *(f'{q:.0%}: {lengths.quantile(q):.1f}' for q in (0, 0.1, 0.5, 0.9, 1)))
-    print(f'alphabet    {len(alphabet) - 1} characters:', *map(repr, alphabet[1:]))
-    print('rare        ', ', '.join(f'{c!r} {n} times' for c, n in sorted(counts.items()) if n < 10) or 'none')
-    print(f'labels      {sum(map(len, targets)) / lengths.sum():.1f} a second')
-    print(f'plateaus    in nats per label: uniform output {uniform:.2f}, constant output {constant:.2f}')
-    print(f'validation  {len(valid)} utterances; {len(unseen)} of their words are not in training:', *sorted(unseen))
-
-
-def advice(log):
+def advice(log: Sequence[Mapping]) -> Iterator[str]:
     """The records of a log.jsonl -> where it ended and how to go on, in words."""
     last = log[-1]
     if 'wer' in last:
-        best = min(reversed(log), key=lambda r: (r['wer'], r['cer']))
-        yield f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, CER {best['cer']:.2f} %"
+        best = min(reversed(log), key=lambda record: (record['wer'], record['cer']))
+        yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
+               f"CER {best['cer']:.2f} %")
     if last['dependence_share'] < IGNORED:
-        mend = 'the plateau was never left. Can it learn ten utterances (train.py --overfit 10)?'
+        step = 'the plateau was never left. Can it learn ten utterances (train.py --overfit 10)?'
     elif last['nonfinite'] or (last['clipped'] > 0.9 and last['train_way'] < 1.1):
-        mend = 'updates are lost or cut; halve --learning_rate'
-    elif not last.get('wer'):
-        mend = 'without validation, or errors in it, nothing tells; take another --valid_data'
+        step = 'updates are lost or cut; halve --learning_rate'
+    elif 'wer' not in last:
+        step = 'nothing was validated; give --valid_data to learn more'
+    elif last['wer'] == 0:
+        step = 'there are no errors left to learn from; take harder --valid_data'
     elif last['valid_loss'] > 2 * last['train_loss']:
-        mend = 'training is learnt better than validation; more data, a higher --dropout, more --epochs'
+        step = ('training is learnt better than validation; more data, a higher --dropout, '
+                'more --epochs')
     else:
-        mend = 'still learning; a new run with more --epochs (the learning rate of this one has ended)'
-    yield 'how to go on: ' + mend
+        step = 'still learning; start a new run with more --epochs'
+    yield 'how to go on: ' + step
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description='Read runs: a table by epoch, warnings, the best epoch, how to go on.')
+# ---- lines on the terminal -----------------------------------------------------------------------
+
+def legend(lines: tuple[float, float]) -> str:
+    """What the epochs' lines mean, for the first lines of a run."""
+    uniform, constant = lines
+    return (f'loss: CTC in nats per label; {uniform:.2f} if all symbols are equally likely, where '
+            f'training starts;\n    {constant:.2f} for the best guess without listening, where '
+            'stuck models stay; below that it learns\n'
+            'gradient: mean norm; blank: outputs that say nothing; sound: how much the outputs '
+            'depend on it,\n    0 % if they ignore it, about 100 % once each label has its output')
+
+
+def epoch_line(record: Mapping) -> str:
+    """An epoch's record of the log -> a line, its warnings beneath."""
+    parts = ['epoch {epoch:3d}', '{train_seconds:4.0f} s', 'loss {train_loss:.3f}']
+    if 'wer' in record:
+        parts += ['valid {valid_loss:.3f}', 'WER {wer:.1f} %', 'CER {cer:.1f} %']
+    blank, sound = 100 * record['blank'], 100 * record['dependence_share']
+    parts += ['gradient {grad_norm:.2f}', f'blank {blank:.0f} %', f'sound {sound:.0f} %']
+    line = '  '.join(parts).format(**record)
+    return '\n    ! '.join([line, *record['warnings']])
+
+
+def print_epoch(record: Mapping, sentence: tuple[str, str, str] | None) -> None:
+    """Print an epoch's lines; sentence: (said, heard, labels of its outputs), None without any."""
+    start = '\r' + CLEAR if sys.stderr.isatty() else ''
+    print(start + epoch_line(record))
+    if sentence:
+        said, heard, strip = sentence
+        print(f'     said {said}\n    heard {heard}\n          {strip}', flush=True)
+
+
+def show_progress(update: int, updates: int, loss: float, seconds: float) -> None:
+    """A live line on a terminal, and nothing elsewhere.
+
+    Updates done and to do in all, the epoch's mean loss so far, the time left at `seconds` an
+    update.
+    """
+    if sys.stderr.isatty():
+        minutes, rest = divmod(int(seconds * (updates - update)), 60)
+        print(f'\rupdate {update}/{updates}  loss {loss:.3f}  {minutes} min {rest:02d} s left',
+              end=CLEAR, file=sys.stderr, flush=True)
+
+
+# ---- python monitor.py ---------------------------------------------------------------------------
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description='Read runs: a table by epoch, warnings, the best epoch, how to go on.')
     parser.add_argument('run', nargs='+', help='run folder of train.py')
     failed = False
     for run in parser.parse_args(argv).run:
         try:
-            log = [json.loads(line) for line in (Path(run) / 'log.jsonl').read_text().splitlines()]
-            print(run, *map(line, log), *advice(log), sep='\n')
+            text = (Path(run) / 'log.jsonl').read_text()
+            log = [json.loads(line) for line in text.splitlines()]
+            print(run, *map(epoch_line, log), *advice(log), sep='\n')
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            print(f'monitor.py: {run}: holds no whole log.jsonl of train.py ({error!r})', file=sys.stderr)
+            print(f'monitor.py: {run}: holds no whole log.jsonl of train.py ({error!r}); '
+                  'name a run folder', file=sys.stderr)
             failed = True
     sys.exit(failed)
 
