@@ -115,10 +115,12 @@ def mel_filters() -> Tensor:
     log_step = math.log(6.4) / 27  # above 1 kHz, 27 mels lead from 1 to 6.4 kHz
     top = 15 + math.log(SAMPLE_RATE / 2 / 1000) / log_step
     mels = np.linspace(0, top, N_MELS + 2)
-    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(log_step * (mels - 15)))
+    logarithmic = 1000 * np.exp(log_step * (mels - 15))
+    edges = np.where(mels < 15, mels * 200 / 3, logarithmic)
     hertz = np.arange(N_FFT // 2 + 1)[:, None] * SAMPLE_RATE / N_FFT
-    rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
+    low, peak, high = edges[:-2], edges[1:-1], edges[2:]
+    rising = (hertz - low) / (peak - low)
+    falling = (high - hertz) / (high - peak)
     triangles = np.maximum(0, np.minimum(rising, falling))
     return torch.tensor(triangles, dtype=torch.float32)
 
@@ -162,13 +164,15 @@ def spec_augment(mels: Tensor, rng: np.random.Generator) -> Tensor:
     After Park et al. 2019 and, for masks that grow with the clip, 2020: two masks of up to 15 mel
     bands, and for each second one of up to 250 ms, a quarter of the clip at most.
     """
-    seconds = math.ceil(len(mels) / 100)
-    widest_stretch = min(25, len(mels) // 4)
-    for axis, masks, widest in ((1, 2, 15), (0, seconds, widest_stretch)):
-        for _ in range(masks):
-            width = int(rng.integers(widest + 1))
-            start = int(rng.integers(mels.shape[axis] - width + 1))
-            mels.narrow(axis, start, width).zero_()
+    def mask(axis, widest):
+        width = int(rng.integers(widest + 1))
+        start = int(rng.integers(mels.shape[axis] - width + 1))
+        mels.narrow(axis, start, width).zero_()
+
+    for _ in range(2):
+        mask(axis=1, widest=15)
+    for _ in range(math.ceil(len(mels) / 100)):
+        mask(axis=0, widest=min(25, len(mels) // 4))
     return mels
 
 
@@ -210,8 +214,12 @@ def outputs_needed(symbols: Sequence[int]) -> int:
 def unlearnable(utterances: Iterable[Utterance], alphabet: Sequence[str],
                 frames_per_output: int) -> list[Utterance]:
     """The utterances that last too short for CTC to say their text."""
-    return [u for u in utterances
-            if math.ceil(u.frames / frames_per_output) < outputs_needed(encode(u.text, alphabet))]
+    found = []
+    for u in utterances:
+        outputs = math.ceil(u.frames / frames_per_output)
+        if outputs < outputs_needed(encode(u.text, alphabet)):
+            found.append(u)
+    return found
 
 
 # ---- utterances as the network takes them --------------------------------------------------------
@@ -291,8 +299,10 @@ def collate(items: Sequence[tuple[Tensor, Tensor, int]]) -> Batch:
     mels, targets, indices = zip(*items)
     lengths = [len(m) for m in mels]
     frames = math.ceil(max(lengths) / PAD_TO) * PAD_TO
-    padded = torch.stack([F.pad(m, (0, 0, 0, frames - len(m))) for m in mels])
-    return Batch(mels=padded[:, None],
+    padded = torch.zeros(len(mels), 1, frames, N_MELS)
+    for clip, m in zip(padded, mels):
+        clip[0, :len(m)] = m
+    return Batch(mels=padded,
                  lengths=torch.tensor(lengths),
                  targets=torch.nn.utils.rnn.pad_sequence(targets, batch_first=True),
                  target_lengths=torch.tensor([len(t) for t in targets]),
@@ -309,7 +319,8 @@ def training_batches(speech: Speech, batch_size: int, epoch: int, rank: int = 0,
     """
     rng = np.random.default_rng([speech.seed, epoch])
     seconds = [u.duration / speech.speed(epoch, i) for i, u in enumerate(speech.utterances)]
-    order = np.argsort(seconds * rng.uniform(0.98, 1.02, len(seconds)), kind='stable')
+    shaken = seconds * rng.uniform(0.98, 1.02, len(seconds))
+    order = np.argsort(shaken, kind='stable')
     batches = [[(epoch, int(i)) for i in order[start:start + batch_size]]
                for start in range(0, len(order), batch_size)]
     rng.shuffle(batches)
@@ -507,7 +518,8 @@ def hold_out(utterances: Sequence[Utterance], seed: int = 0) -> HeldOut:
         groups = [u.path.stem for u in utterances]  # the same choice in any form of corpus
     else:
         groups = [u.where for u in utterances]
-    shuffled = np.random.default_rng(seed).permutation(sorted(set(groups))).tolist()
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(sorted(set(groups))).tolist()
     kept = set(shuffled[:math.ceil(len(shuffled) / 10)])
     train = [u for u, group in zip(utterances, groups) if group not in kept]
     valid = [u for u, group in zip(utterances, groups) if group in kept]
@@ -632,30 +644,34 @@ class Phone(NamedTuple):
 # Formants: Peterson & Barney 1952, table II, men; of consonants Klatt 1980, table III (n's first is
 # its nasal one). Levels, hiss and durations are our own, by spectrogram and by what a recogniser of
 # real speech made of them.
-PHONES = {
-    #             F1    F2    F3  voice hiss centre width  ms
-    'iy': Phone(270, 2290, 3010,    0,  -99,    4,    1,  110),
-    'uw': Phone(300,  870, 2240,    0,  -99,    4,    1,  140),
-    'th': Phone(320, 1290, 2540,  -99,  -30,    6,  1.5,   90),
-    'ih': Phone(390, 1990, 2550,    0,  -99,    4,    1,   80),
-    'w':  Phone(290,  610, 2150,   -4,  -99,    4,    1,   60),
-    's':  Phone(320, 1390, 2530,  -99,  -16,    6,  0.5,  105),
-    'eh': Phone(530, 1840, 2480,    0,  -99,    4,    1,  100),
-    'r':  Phone(310, 1060, 1380,   -4,  -99,    4,    1,   65),
-    'z':  Phone(240, 1390, 2530,  -10,  -20,    6,  0.5,   75),
-    'ah': Phone(640, 1190, 2390,    0,  -99,    4,    1,   90),
-    'l':  Phone(310, 1050, 2880,   -4,  -99,    4,    1,   65),
-    'p':  Phone(400, 1100, 2150,  -99,  -28,    1,    2,   30),
-    'aa': Phone(730, 1090, 2440,    0,  -99,    4,    1,  110),
-    'n':  Phone(270, 1340, 2470,  -10,  -99,    4,    1,   90),
-    't':  Phone(400, 1600, 2600,  -99,  -19,  4.5,  0.7,   35),
-    'ao': Phone(570,  840, 2410,    0,  -99,    4,    1,  110),
-    'f':  Phone(340, 1100, 2080,  -99,  -28,    6,    2,   95),
-    'k':  Phone(300, 1990, 2850,  -99,  -19,    2,  0.4,   35),
-    'uh': Phone(440, 1020, 2240,    0,  -99,    4,    1,   80),
-    'v':  Phone(220, 1100, 2080,  -10,  -32,    6,    2,   55),
-    'g':  Phone(200, 1990, 2850,   -8,  -24,    2,  0.4,   25),
-}
+PHONE_TABLE = '''
+      F1    F2    F3  voice  hiss  centre  width   ms
+iy   270  2290  3010      0   -99       4      1  110
+uw   300   870  2240      0   -99       4      1  140
+th   320  1290  2540    -99   -30       6    1.5   90
+ih   390  1990  2550      0   -99       4      1   80
+w    290   610  2150     -4   -99       4      1   60
+s    320  1390  2530    -99   -16       6    0.5  105
+eh   530  1840  2480      0   -99       4      1  100
+r    310  1060  1380     -4   -99       4      1   65
+z    240  1390  2530    -10   -20       6    0.5   75
+ah   640  1190  2390      0   -99       4      1   90
+l    310  1050  2880     -4   -99       4      1   65
+p    400  1100  2150    -99   -28       1      2   30
+aa   730  1090  2440      0   -99       4      1  110
+n    270  1340  2470    -10   -99       4      1   90
+t    400  1600  2600    -99   -19     4.5    0.7   35
+ao   570   840  2410      0   -99       4      1  110
+f    340  1100  2080    -99   -28       6      2   95
+k    300  1990  2850    -99   -19       2    0.4   35
+uh   440  1020  2240      0   -99       4      1   80
+v    220  1100  2080    -10   -32       6      2   55
+g    200  1990  2850     -8   -24       2    0.4   25
+'''
+PHONES = {}
+for line in PHONE_TABLE.strip().splitlines()[1:]:
+    name, *columns = line.split()
+    PHONES[name] = Phone(*map(float, columns))
 STOPS = ('p', 't', 'k', 'g')
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPECTRUM = {'n_fft': 512, 'hop_length': STEP, 'win_length': 256, 'window': torch.hann_window(256)}
@@ -686,10 +702,11 @@ class Voice(NamedTuple):
 def draw_voice(speaker: int, seed: int) -> Voice:
     """The voice of a speaker."""
     rng = np.random.default_rng([seed, speaker])
-    tract, tempo, breath, corner = rng.uniform([0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500])
+    low, high = [0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500]
+    tract, tempo, breath, corner = rng.uniform(low, high)
     pitch = 140 * tract ** 3 * rng.uniform(0.8, 1.25)
-    accent = dict(zip(PHONES, rng.normal(1, 0.06, (len(PHONES), 3))))
-    return Voice(tract, tempo, breath, corner, pitch, accent)
+    accents = rng.normal(1, 0.06, (len(PHONES), 3))
+    return Voice(tract, tempo, breath, corner, pitch, dict(zip(PHONES, accents)))
 
 
 class Track(NamedTuple):
@@ -697,7 +714,7 @@ class Track(NamedTuple):
     long."""
     rows: list                           # of arrays (8,)
     steps: list                          # of 4 ms each
-    spans: list[tuple[str, int, int]]    # (word, its first row, the one behind its last)
+    spans: list                          # of (word, its first row, the one behind its last)
 
 
 def plan_phones(words: Sequence[str], voice: Voice, rng: np.random.Generator) -> Track:
@@ -723,14 +740,16 @@ def plan_phones(words: Sequence[str], voice: Voice, rng: np.random.Generator) ->
                 add(row, 40 if voiced else 1, (fade, fade))
             add(row, rng.uniform(30, 300), (200, 200))
     silence = rows[0] - np.r_[0, 0, 0, 200, 200, 0, 0, 0]
-    return Track([silence, *rows], [rng.integers(40, 100), *steps], spans)
+    silent_steps = rng.integers(40, 100)
+    return Track([silence, *rows], [silent_steps, *steps], spans)
 
 
 def smooth(values: np.ndarray, width: int) -> Tensor:
     """A moving average of values (n,) with a Hann window of this many steps."""
     kernel = np.hanning(width + 2) / np.hanning(width + 2).sum()
     padded = np.pad(values, width, 'edge')
-    return torch.tensor(np.convolve(padded, kernel, 'same')[width:-width].astype(np.float32))
+    average = np.convolve(padded, kernel, 'same')[width:-width]
+    return torch.tensor(average, dtype=torch.float32)
 
 
 def spectrogram(wave: np.ndarray) -> Tensor:
@@ -744,10 +763,11 @@ def make_source(voice: Voice, n: int, rng: np.random.Generator) -> tuple[Tensor,
     contour = voice.pitch * np.linspace(1.1, 0.85, knots) * rng.normal(1, 0.07, knots)
     samples = (n - 1) * STEP
     pitch = np.interp(np.linspace(0, 1, samples), np.linspace(0, 1, knots), contour)
-    half = np.pi * np.cumsum(pitch) / SAMPLE_RATE  # half the phase
+    half_phase = np.pi * np.cumsum(pitch) / SAMPLE_RATE
     harmonics = int(SAMPLE_RATE / 2 / pitch.max())
     # The sum of the cosines of all harmonics, in closed form.
-    pulses = (np.sin((2 * harmonics + 1) * half) / np.sin(half) - 1) / math.sqrt(2 * harmonics)
+    cosines = np.sin((2 * harmonics + 1) * half_phase) / np.sin(half_phase) - 1
+    pulses = cosines / math.sqrt(2 * harmonics)
     return spectrogram(pulses), spectrogram(rng.standard_normal(samples))
 
 
@@ -759,15 +779,18 @@ def unit_power(response: Tensor) -> Tensor:
 def tube_response(voice: Voice, formants: Sequence[Tensor]) -> Tensor:
     """The vocal tract's (257, n): a resonance for each formant, the fourth and above fixed."""
     denominator = torch.ones(257, 1)
-    for f in *(voice.tract * torch.arange(3500, 8000, 1000)), *formants:
+    upper = voice.tract * torch.arange(3500, 8000, 1000)
+    for f in *upper, *formants:
         bandwidth = 50 + f / 20  # Hz
-        denominator = denominator * (1 - (HERTZ / f) ** 2 + 1j * HERTZ * (bandwidth / f ** 2))
+        resonance = 1 - (HERTZ / f) ** 2 + 1j * HERTZ * (bandwidth / f ** 2)
+        denominator = denominator * resonance
     return 1 / denominator
 
 
 def hiss_response(rows: Sequence[np.ndarray]) -> Tensor:
     """The hiss's (257, rows): a bell over the logarithm of frequency."""
-    centres, octaves = torch.tensor(np.array(rows)[:, 5:7].T, dtype=torch.float32)
+    columns = torch.tensor(np.array(rows), dtype=torch.float32).T
+    centres, octaves = columns[5:7]
     distance = (HERTZ.clamp(50) / 1000 / centres).log2() / octaves
     return unit_power((-(distance ** 2) / 2).exp())
 
@@ -794,7 +817,9 @@ def synthesise(text: str, speaker: int = 0,
     rng = np.random.default_rng([seed, speaker, zlib.crc32(text.encode())])
     track = plan_phones(words, voice, rng)
     ends = np.cumsum(track.steps) * STEP / SAMPLE_RATE
-    spans = [(word, float(ends[first]), float(ends[last])) for word, first, last in track.spans]
+    spans = []
+    for word, first, last in track.spans:
+        spans.append((word, float(ends[first]), float(ends[last])))
 
     # Coarticulation: formants glide for 50 ms from phone to phone, voicing sets in over 56 ms,
     # noise within 16.
@@ -812,7 +837,8 @@ def synthesise(text: str, speaker: int = 0,
     noise_filter = unit_power(tube) * (0.3 * hissed + voiced * breath) + room + hiss * hissed
     spectrum = unit_power(tube / slope) * voiced * pulses + noise * noise_filter
     wave = torch.istft(spectrum, **SPECTRUM)
-    return (wave * (rng.uniform(0.2, 0.9) / wave.abs().max())).numpy(), spans
+    loudness = rng.uniform(0.2, 0.9) / wave.abs().max()
+    return (wave * loudness).numpy(), spans
 
 
 def speak_split(split: str, folder: Path) -> None:
