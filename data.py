@@ -12,18 +12,26 @@ References: Slaney 1998 (mel scale); Park et al. 2019, 2020 (SpecAugment); Ko et
 perturbation); Fant 1960 and Klatt 1980 (the built-in corpus).
 """
 import argparse
+import concurrent.futures
+import contextlib
 import csv
 import json
 import math
+import multiprocessing
+import os
 import re
+import shutil
+import signal
 import sys
+import tempfile
+import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -37,8 +45,10 @@ HOP = 160                            # samples: 10 ms
 FRAME_SECONDS = HOP / SAMPLE_RATE
 N_FFT = 512                          # bins of 31.25 Hz
 N_MELS = 80
-# Power. A sine 60 dB under full scale gives about 1e-2, the rounding of 16 bits below 1e-7.
-LOG_FLOOR = 1e-6
+LOG_FLOOR = 1e-10                    # power: the rounding of 16 bits gives more
+CLICK = 3.2                          # nats above the voice, mean over the bands: 14 dB
+QUIET = 8.0                          # nats below the voice, in power: 35 dB
+MARGIN = 20                          # frames kept before and behind speech
 SPEEDS = range(90, 111)              # per cent; speed perturbation draws one by utterance and epoch
 PAD_TO = 16                          # frames: few different shapes are faster than exact ones
 
@@ -56,11 +66,46 @@ class Utterance:
     duration: float  # seconds
     speaker: str     # '' where it is not known
     where: str       # 'manifest.jsonl:12', for messages
+    frames: int = 0  # of its features; by its duration as long as it was not decoded
 
-    @property
-    def frames(self) -> int:
-        """Mel frames at the recording's own speed."""
-        return math.ceil(round(self.duration * SAMPLE_RATE) / HOP)
+    def __post_init__(self):
+        if not self.frames:
+            self.frames = math.ceil(round(self.duration * SAMPLE_RATE) / HOP)
+
+
+# ---- files and progress --------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file that stands at `path` only once all of it is written; what was there stays till
+    then.
+
+    Raises OSError.
+    """
+    part = Path(path).with_name(f'unfinished.{Path(path).name}')
+    try:
+        with open(part, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def progress(items: Iterable, total: int, what: str) -> Iterator:
+    """Pass the items on, and show on a terminal how many of them are done."""
+    shown = start = time.monotonic()
+    for done, item in enumerate(items):
+        yield item
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - shown > 0.5 and now - start > 1:
+            shown = now
+            print(f'\r{what} {done + 1}/{total}\x1b[K', end='', file=sys.stderr, flush=True)
+    if shown > start:
+        print('\r\x1b[K', end='', file=sys.stderr, flush=True)
 
 
 # ---- audio and features --------------------------------------------------------------------------
@@ -143,19 +188,67 @@ def log_mels(wave: Tensor) -> Tensor:
     return (power @ MEL_FILTERS + LOG_FLOOR).log()
 
 
-def normalise(mels: Tensor) -> Tensor:
-    """Each mel band of (T, 80) to mean 0 over the clip, all bands together to deviation 1.
+def moving_median(level: Tensor) -> Tensor:
+    """The median over 70 ms around each frame of level (T,): what is shorter than 40 ms is left
+    out."""
+    padded = F.pad(level, (3, 3), value=level.min().item())
+    return padded.unfold(0, 7, 1).median(1).values
 
-    The first removes microphone and loudness. The deviation is not taken band by band: those that
+
+def voice_level(steady: Tensor) -> Tensor:
+    """How loud the voice is, of steady levels (T,): what the loudest 0.2 s reach.
+
+    Less of a short clip. Not the maximum: a slammed door would set it.
+    """
+    loudest = steady.sort(descending=True).values
+    loud = int((loudest >= loudest[0] - 7).sum())
+    return loudest[min(20, loud // 4)]
+
+
+def repair_clicks(mels: Tensor) -> Tensor:
+    """Draw straight lines over the frames of (T, 80) that are far louder than the voice."""
+    level = mels.mean(1)
+    loud = level > voice_level(moving_median(level)) + CLICK
+    loud = F.max_pool1d(loud.float()[None], 3, stride=1, padding=1)[0] > 0  # and its neighbours
+    good = (~loud).nonzero()[:, 0]
+    if not loud.any() or not len(good):
+        return mels
+    t = torch.arange(len(mels))
+    before = good[(torch.searchsorted(good, t, right=True) - 1).clamp(min=0)]
+    behind = good[torch.searchsorted(good, t).clamp(max=len(good) - 1)]
+    share = ((t - before) / (behind - before).clamp(min=1)).clamp(0, 1)[:, None]
+    return torch.where(loud[:, None], mels[before].lerp(mels[behind], share), mels)
+
+
+class Features(NamedTuple):
+    """What the network takes for a clip."""
+    mels: Tensor  # (T, 80), normalised
+    start: int    # the frame of the wave at which they begin; below 0, silence was put before it
+
+
+def features(wave: Tensor) -> Features:
+    """wave (S,) at 16 kHz -> normalised log-mels, from 0.2 s before the speech to 0.2 s behind it.
+
+    Speech is what comes within 35 dB of the voice's level. Silence round it, clicks and loudness
+    leave no trace: what is quieter is raised to the quietest that speech has in each band, and 0.2
+    s of that stand where the clip has less. Each mel band is brought to mean 0 over the speech,
+    which removes the microphone, and all bands together to deviation 1: band by band, those that
     hold mostly noise would become loud.
     """
-    mels = mels - mels.mean(0)
-    return mels / (mels.std(correction=0) + 1e-3)
-
-
-def features(wave: Tensor) -> Tensor:
-    """What the network takes for a wave (S,) at 16 kHz: normalised log-mels (T, 80)."""
-    return normalise(log_mels(wave))
+    mels = repair_clicks(log_mels(wave))
+    power = moving_median(mels.logsumexp(1))
+    is_speech = power >= voice_level(power) - QUIET
+    speech = mels[is_speech]                                             # (N, 80)
+    floor = speech.min(0).values
+    where = is_speech.nonzero()[:, 0]
+    start, end = int(where[0]) - MARGIN, int(where[-1]) + 1 + MARGIN
+    silence_before = floor.expand(max(0, -start), -1)
+    silence_behind = floor.expand(max(0, end - len(mels)), -1)
+    kept = mels[max(0, start):end].maximum(floor)
+    mels = torch.cat([silence_before, kept, silence_behind])
+    mean = speech.mean(0)
+    deviation = (speech - mean).std(correction=0)
+    return Features((mels - mean) / (deviation + 1e-3), start)
 
 
 def spec_augment(mels: Tensor, rng: np.random.Generator) -> Tensor:
@@ -271,15 +364,15 @@ class Speech(torch.utils.data.Dataset):
         epoch, index = item
         u = self.utterances[index]
         target = encode(u.text, self.alphabet)
+        shortest = (outputs_needed(target) - 1) * self.frames_per_output  # frames; CTC needs more
         wave = resample(*load_utterance(u), SAMPLE_RATE)
-        shortest = (outputs_needed(target) - 1) * self.frames_per_output * HOP  # CTC needs more
-        if len(wave) <= shortest:
+        # At 110 %, 110 samples become 100: faster and higher.
+        mels, _ = features(resample(wave, self.speed(epoch, index), 100))
+        if len(mels) <= shortest:
+            mels, _ = features(wave)
+        if len(mels) <= shortest:
             raise DataError(f'{u.where}: {u.path} is too short for its {len(target)} labels; '
-                            'mend or remove it')
-        speed = self.speed(epoch, index)
-        if len(wave) * 100 / speed > shortest:
-            wave = resample(wave, speed, 100)  # at 110 %, 110 samples become 100: faster and higher
-        mels = features(wave)
+                            'correct or remove it')
         if self.spec_augment:
             mels = spec_augment(mels, self.rng(epoch, index))
         return mels, torch.tensor(target), index
@@ -318,8 +411,8 @@ def training_batches(speech: Speech, batch_size: int, epoch: int, rank: int = 0,
     batch, never an empty one.
     """
     rng = np.random.default_rng([speech.seed, epoch])
-    seconds = [u.duration / speech.speed(epoch, i) for i, u in enumerate(speech.utterances)]
-    shaken = seconds * rng.uniform(0.98, 1.02, len(seconds))
+    frames = [u.frames / speech.speed(epoch, i) for i, u in enumerate(speech.utterances)]
+    shaken = frames * rng.uniform(0.98, 1.02, len(frames))
     order = np.argsort(shaken, kind='stable')
     batches = [[(epoch, int(i)) for i in order[start:start + batch_size]]
                for start in range(0, len(order), batch_size)]
@@ -330,7 +423,7 @@ def training_batches(speech: Speech, batch_size: int, epoch: int, rank: int = 0,
 def evaluation_batches(utterances: Sequence[Utterance],
                        batch_size: int) -> list[list[tuple[int, int]]]:
     """Batches of (0, index): every utterance once, sorted by length."""
-    order = sorted(range(len(utterances)), key=lambda i: utterances[i].duration)
+    order = sorted(range(len(utterances)), key=lambda i: utterances[i].frames)
     return [[(0, i) for i in order[start:start + batch_size]]
             for start in range(0, len(order), batch_size)]
 
@@ -540,6 +633,25 @@ class Splits(NamedTuple):
     problems: dict[str, list[str]]   # {what is wrong: names of files} of usable recordings
 
 
+def check_recordings(utterances: Sequence[Utterance], problems: dict) -> dict[str, str]:
+    """Decode every file, note its true duration and frames, and what is wrong with it in problems.
+
+    -> faults, {where: message} of those that cannot be used.
+    """
+    faults = {}
+    for u in progress(utterances, len(utterances), 'checking recordings'):
+        try:
+            wave, rate = load_utterance(u)
+        except DataError as error:
+            faults[u.where] = f'{u.where}: {error}'
+            continue
+        u.duration = len(wave) / rate
+        u.frames = len(features(resample(wave, rate, SAMPLE_RATE)).mels)
+        for problem in recording_problems(wave, rate):
+            problems.setdefault(problem, []).append(u.path.name)
+    return faults
+
+
 def read_splits(train: str, valid: str | None = None, test: str | None = None, seed: int = 0,
                 frames_per_output: int = 4, check_up_to: float = math.inf) -> Splits:
     """The corpora for training, validation (None: held out from training; 'none') and test.
@@ -557,15 +669,7 @@ def read_splits(train: str, valid: str | None = None, test: str | None = None, s
             faults |= new_faults
     everything = [u for side in sides.values() for u in side]
     if len(everything) <= check_up_to:
-        for u in everything:
-            try:
-                wave, rate = load_utterance(u)
-            except DataError as error:
-                faults[u.where] = f'{u.where}: {error}'
-                continue
-            u.duration = len(wave) / rate
-            for problem in recording_problems(wave, rate):
-                problems[problem].append(u.path.name)
+        faults |= check_recordings(everything, problems)
     for u in unlearnable(sides['train'], make_alphabet(sides['train']), frames_per_output):
         faults.setdefault(u.where, f'{u.where}: {u.path} has fewer outputs than labels and '
                                    'repeats; mend or remove it, or lower --frames_per_output')
@@ -841,24 +945,56 @@ def synthesise(text: str, speaker: int = 0,
     return (wave * loudness).numpy(), spans
 
 
-def speak_split(split: str, folder: Path) -> None:
-    """Write one part of the built-in corpus: a folder of recordings and their manifest.
+class Job(NamedTuple):
+    """An utterance of the built-in corpus that is to be spoken."""
+    file: str  # relative to the corpus
+    text: str
+    speaker: int
 
-    One to six random words an utterance. Raises OSError.
-    """
+
+def builtin_jobs(split: str) -> list[Job]:
+    """The utterances of one part of the built-in corpus: one to six random words each."""
     first_speaker, speakers, utterances = BUILTIN[split]
     rng = np.random.default_rng(first_speaker)
-    rows = []
-    (folder / split).mkdir(parents=True, exist_ok=True)
+    jobs = []
     for i in range(utterances):
         text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
-        speaker = first_speaker + i % speakers
-        wave, _ = synthesise(text, speaker)
-        file = f'{split}/{i:04}.flac'
-        soundfile.write(folder / file, wave, SAMPLE_RATE)
-        rows.append(json.dumps({'audio_filepath': file, 'text': text,
-                                'duration': len(wave) / SAMPLE_RATE, 'speaker': f'{speaker}'}))
-    (folder / f'{split}.jsonl').write_text('\n'.join(rows) + '\n')
+        jobs.append(Job(f'{split}/{i:04}.flac', text, first_speaker + i % speakers))
+    return jobs
+
+
+def speak(job: Job, folder: Path) -> str:
+    """Write one utterance of the built-in corpus -> its line of the manifest. Raises OSError."""
+    wave, _ = synthesise(job.text, job.speaker)
+    soundfile.write(folder / job.file, wave, SAMPLE_RATE)
+    return json.dumps({'audio_filepath': job.file, 'text': job.text,
+                       'duration': len(wave) / SAMPLE_RATE, 'speaker': f'{job.speaker}'})
+
+
+def start_speaker() -> None:
+    """What a process that speaks does first: one thread, for many small operations wait for each
+    other's threads on a busy machine; Ctrl-C is its parent's."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def speak_corpus(folder: Path) -> None:
+    """Speak the whole built-in corpus, in as many processes as there are cores. Raises OSError."""
+    jobs = [job for split in BUILTIN for job in builtin_jobs(split)]
+    for split in BUILTIN:
+        (folder / split).mkdir()
+    pool = concurrent.futures.ProcessPoolExecutor(
+        mp_context=multiprocessing.get_context('spawn'), initializer=start_speaker)
+    with pool:
+        try:
+            spoken = pool.map(speak, jobs, [folder] * len(jobs), chunksize=10)
+            rows = list(progress(spoken, len(jobs), 'speaking'))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for split in BUILTIN:
+        lines = [row for row, job in zip(rows, jobs) if job.file.startswith(f'{split}/')]
+        (folder / f'{split}.jsonl').write_text('\n'.join(lines) + '\n')
 
 
 def builtin_corpus(folder: str | Path = 'corpus') -> dict[str, str]:
@@ -868,12 +1004,18 @@ def builtin_corpus(folder: str | Path = 'corpus') -> dict[str, str]:
     No speaker is in two of them. Raises OSError where the folder cannot be made.
     """
     folder = Path(folder)
-    unfinished = Path(f'{folder}.unfinished')  # an interrupted one is no corpus
-    if not (folder / 'test.jsonl').exists():
+    if not folder.exists():
         print(f'speaking the built-in corpus into {folder}, once', flush=True)
-        for split in BUILTIN:
-            speak_split(split, unfinished)
-        unfinished.rename(folder)
+        # Another process may be at the same: each speaks into a folder of its own, the first one to
+        # finish gives it the name.
+        unfinished = Path(tempfile.mkdtemp(prefix=f'{folder.name}.unfinished.', dir=folder.parent))
+        try:
+            speak_corpus(unfinished)
+            unfinished.chmod(0o755)
+            with contextlib.suppress(OSError):
+                unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return {split: str(folder / f'{split}.jsonl') for split in BUILTIN}
 
 
@@ -914,7 +1056,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.say is not None:
             wave, spans = synthesise(normalise_text(args.say), args.speaker)
-            soundfile.write(args.path, wave, SAMPLE_RATE)
+            with whole_file(args.path) as file:
+                soundfile.write(file, wave, SAMPLE_RATE)
             for word, start, end in spans:
                 print(f'{start:6.2f} {end:6.2f}  {word}')
         elif Path(args.path).suffix.lower() in SUFFIXES:

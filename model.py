@@ -5,12 +5,12 @@ output is read.
     python model.py CHECKPOINT clip.wav ... [--times]   transcripts, with the time of every word
 
     log-mels     (B, 1, T, 80)        100 frames a second, each clip with its true length
-    backbone     (B, 24, T/4, 10)     MobileNetV3-Small's stem and first blocks;
-                                      --blocks 11: (B, 576, T/8, 3)
-    projection   (B, T/4, 256)        frequency bands and channels flattened, one linear layer
-    upsampling   (B, T', 256)         T' = ceil(T / frames_per_output), by interpolation where finer
-      + early path                    with blocks beyond the third: block 3's features, projected,
-                                      brought to T', added
+    backbone     (B, 24, T/4, 10)     MobileNetV3-Small's stem and first 3 blocks: the early path
+                 (B, 576, T/8, 3)     all of it: the deep path
+    projection   (B, T/4, 256)        bands and channels of each path flattened, one linear layer
+                 (B, T/8, 256)
+    upsampling   (B, T', 256)         each path, T' = ceil(T / frames_per_output), by interpolation;
+                                      then early + gate * deep, the gate learnt and small at first
     BiLSTM x 2   (B, T', 512)
     head         (B, T', V)           linear, then log_softmax in float32; symbol 0 is CTC's blank
  A *frame* is 10 ms of mels, an *output* what the network says for frames_per_output of them, a
@@ -24,15 +24,18 @@ From Python:
     network, alphabet, _ = model.load_checkpoint('runs/.../best.pt')
     wave = data.read_wave('clip.wav')
     print(model.transcribe(network, alphabet, wave).text)
- References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks; section 6.4: the
-early path); Graves et al. 2006, "Connectionist Temporal Classification"; Goyal et al. 2017, section
-5.1 (zero_init_residual); Jozefowicz et al. 2015 (forget bias 1); Glorot & Bengio 2010 (Xavier
-initialisation); He et al. 2015.
+ References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks; section 6.4: two
+ paths,
+added); Touvron et al. 2021, "Going deeper with image transformers" (LayerScale: the gate); Graves
+et al. 2006, "Connectionist Temporal Classification"; Jozefowicz et al. 2015 (forget bias 1); Glorot
+& Bengio 2010 (Xavier initialisation); He et al. 2015.
 """
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -67,28 +70,29 @@ BLOCKS = [  # Howard et al. 2019, table 2
     BlockSpec(5, 576, 96, True, nn.Hardswish, 1, 1),
 ]
 EARLY_BLOCK = 3  # the last block at 40 ms; the early path leaves from its output
+GATE = 0.1       # the deep path's share at first; at 1 its noise slows the learning of both
 
 
 @dataclass
 class Config:
-    """What a checkpoint needs to rebuild its network; the defaults are the fixed model, PRESETS
-    holds the others.
+    """What a checkpoint needs to rebuild its network; the defaults are ours.
 
     Raises ValueError where a value is out of its range.
     """
-    vocab_size: int                   # V: the alphabet and the blank
+    vocab_size: int                 # V: the alphabet and the blank
     n_mels: int = 80
-    blocks: int = 3                   # of the table's 11; with all of them its last convolution too
-    frames_per_output: int = 4        # frames of 10 ms that one output stands for: 1, 2 or 4
-    zero_init_residual: bool = False  # residual blocks start as identities
-    early_path: bool = True           # block 3's features added to the interpolated deep ones
+    blocks: int = 11                # of the table; with all of them its last convolution too
+    frames_per_output: int = 2      # frames of 10 ms that one output stands for: 1, 2 or 4
+    deep_path: str = 'gated'        # early + gate * deep; or 'alone', without the early path
+    upsample: str = 'interpolate'   # or 'transpose': ConvTranspose1d
     squeeze_excite: bool = False
-    upsample: str = 'interpolate'     # or 'transpose', ConvTranspose1d, as before the fixes
     projection: int = 256
-    hidden: int = 256                 # LSTM units in each direction
+    hidden: int = 256               # LSTM units in each direction
     layers: int = 2
-    dropout: float = 0.05
-    init: str = 'fixed'               # or 'before'
+    dropout: float = 0.05           # before each LSTM layer and the head
+    output_init: str = 'xavier'     # of the head; or 'normal', of deviation 0.01
+    weight_init: float = 0.02       # deviation of the projections' weights
+    forget_bias: bool = True        # init_lstm; False: PyTorch's initialisation
 
     def __post_init__(self):
         if self.frames_per_output not in (1, 2, 4):
@@ -97,16 +101,12 @@ class Config:
             raise ValueError(f'blocks is 2 to {len(BLOCKS)}')
         if not 0 <= self.dropout < 1:
             raise ValueError('dropout is 0 to less than 1')
-        if self.early_path and self.upsample != 'interpolate':
-            raise ValueError('early_path needs interpolation')
-
-
-# The original's fixed network taken literally: one output for every mel frame, no early path.
-LITERAL = {'blocks': 11, 'frames_per_output': 1, 'early_path': False}
-# Its network before the fixes, a month at 93 % word error rate (then with another loop too).
-BEFORE = LITERAL | {'squeeze_excite': True, 'upsample': 'transpose', 'dropout': 0.3,
-                    'init': 'before'}
-PRESETS = {'fixed': {}, 'literal': LITERAL, 'before': BEFORE}
+        if self.deep_path not in ('gated', 'alone'):
+            raise ValueError('deep_path is gated or alone')
+        if self.upsample not in ('interpolate', 'transpose'):
+            raise ValueError('upsample is interpolate or transpose')
+        if self.output_init not in ('xavier', 'normal'):
+            raise ValueError('output_init is xavier or normal')
 
 
 # ---- looking along time: each of these is told where the clips end -------------------------------
@@ -284,14 +284,43 @@ class BiLSTM(nn.Module):
 
 # ---- the recogniser ------------------------------------------------------------------------------
 
-def flatten_bands(x: Tensor) -> Tensor:
-    """One vector of all bands and channels for each frame: (B, C, T, F) -> (B, T, F * C)."""
-    return x.permute(0, 2, 3, 1).flatten(2)
+class Branch(nn.Module):
+    """One path from the backbone to the outputs' grid: flatten, project, upsample.
+
+    x (B, C, T / stride, F) and lengths (B,) -> (B, outputs, projection).
+    """
+
+    def __init__(self, size: int, stride: int, config: Config):
+        super().__init__()
+        self.stride = stride  # mel frames per feature
+        self.frames_per_output = config.frames_per_output
+        self.projection = nn.Linear(size, config.projection)
+        self.transposed_conv = None
+        if config.upsample == 'transpose':
+            ratio = stride // config.frames_per_output
+            self.transposed_conv = nn.ConvTranspose1d(config.projection, config.projection,
+                                                      kernel_size=ratio, stride=ratio)
+
+    def output_lengths(self, lengths):
+        """The number of outputs for clips of these many mel frames: ceil(T / frames_per_output).
+
+        ConvTranspose1d gives ceil(T / stride) features times its own stride, too many for most
+        clips, and that is what it reports: labels may come to stand behind the end of the clip.
+        """
+        if self.transposed_conv is None:
+            return strided_length(lengths, self.frames_per_output)
+        return strided_length(lengths, self.stride) * (self.stride // self.frames_per_output)
+
+    def forward(self, x: Tensor, lengths: Tensor, outputs: int) -> Tensor:
+        x = self.projection(x.permute(0, 2, 3, 1).flatten(2))               # (B, T / stride, 256)
+        if self.transposed_conv is not None:
+            return self.transposed_conv(x.transpose(1, 2)).transpose(1, 2)[:, :outputs]
+        return upsample(x, lengths, self.stride, self.frames_per_output, outputs)
 
 
 class Recogniser(nn.Module):
-    """log-mels (B, 1, T, n_mels) and lengths (B,) in frames -> log-probabilities (B, T', V) and
-    their lengths (B,)."""
+    """log-mels (B, 1, T, n_mels), lengths (B,) in frames -> log-probabilities (B, T', V), lengths
+    (B,)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -300,24 +329,20 @@ class Recogniser(nn.Module):
         self.blocks = nn.ModuleList()
         self.last = nn.Identity()
         self.early = None
-        self.stride = STEM_STRIDE[0]  # mel frames per feature; in the end that of the coarsest grid
+        self.gate = None
         channels, bands = STEM_CHANNELS, strided_length(config.n_mels, STEM_STRIDE[1])
+        stride = STEM_STRIDE[0]
         for number, spec in enumerate(BLOCKS[:config.blocks], 1):
             self.blocks.append(Bottleneck(channels, spec, config.squeeze_excite))
-            self.stride *= spec.time_stride
             channels, bands = spec.channels, strided_length(bands, spec.frequency_stride)
-            if config.early_path and number == EARLY_BLOCK < config.blocks:
-                self.early = nn.Linear(channels * bands, config.projection)
-                self.early_stride = self.stride
+            stride *= spec.time_stride
+            if number == EARLY_BLOCK < config.blocks and config.deep_path == 'gated':
+                self.early = Branch(channels * bands, stride, config)
+                self.gate = nn.Parameter(torch.full((config.projection,), GATE))
         if config.blocks == len(BLOCKS):
             self.last = ConvNorm(channels, LAST_CHANNELS, activation=nn.Hardswish)
             channels = LAST_CHANNELS
-        self.projection = nn.Linear(channels * bands, config.projection)
-        self.transposed_conv = None
-        if config.upsample == 'transpose':
-            ratio = self.stride // config.frames_per_output
-            self.transposed_conv = nn.ConvTranspose1d(config.projection, config.projection,
-                                                      kernel_size=ratio, stride=ratio)
+        self.deep = Branch(channels * bands, stride, config)
         sizes = [config.projection] + [2 * config.hidden] * (config.layers - 1)
         self.recurrent = nn.ModuleList(BiLSTM(size, config.hidden) for size in sizes)
         self.dropout = nn.Dropout(config.dropout)
@@ -326,35 +351,21 @@ class Recogniser(nn.Module):
         self.to(memory_format=torch.channels_last)  # depthwise convolutions: twice as fast on a CPU
 
     def output_lengths(self, lengths):
-        """The number of outputs for clips of these many mel frames: ceil(T / frames_per_output), by
-        interpolation.
-
-        ConvTranspose1d gives the backbone's ceil(T / 8) frames times its stride, up to 7 too many,
-        and that is what it reports: labels may come to stand behind the end of the clip.
-        """
-        if self.transposed_conv is None:
-            return strided_length(lengths, self.config.frames_per_output)
-        return strided_length(lengths, self.stride) * (self.stride // self.config.frames_per_output)
+        """The number of outputs for clips of these many mel frames, of the path that has fewest."""
+        return (self.early or self.deep).output_lengths(lengths)
 
     def features(self, mels: Tensor, lengths: Tensor) -> Tensor:
         """All that comes before the LSTM: (B, 1, T, n_mels), (B,) -> (B, T', projection)."""
-        frames_per_output = self.config.frames_per_output
         outputs = self.output_lengths(mels.shape[2])
         x = mels.to(memory_format=torch.channels_last)
         x = self.stem(zero_padding(x, lengths))
-        n = strided_length(lengths, STEM_STRIDE[0])
+        lengths = strided_length(lengths, STEM_STRIDE[0])
         for number, block in enumerate(self.blocks, 1):
-            x, n = block(x, n)
-            if number == EARLY_BLOCK:
-                early, n_early = x, n
-        x = self.projection(flatten_bands(self.last(x)))  # (B, T/stride, 256)
-        if self.transposed_conv is not None:
-            return self.transposed_conv(x.transpose(1, 2)).transpose(1, 2)
-        x = upsample(x, n, self.stride, frames_per_output, outputs)  # (B, T', 256)
-        if self.early is not None:
-            early = self.early(flatten_bands(early))
-            x = x + upsample(early, n_early, self.early_stride, frames_per_output, outputs)
-        return x
+            x, lengths = block(x, lengths)
+            if number == EARLY_BLOCK and self.early is not None:
+                early = self.early(x, lengths, outputs)
+        deep = self.deep(self.last(x), lengths, outputs)
+        return deep if self.early is None else early + self.gate * deep
 
     def forward(self, mels: Tensor, lengths: Tensor, every_layer: bool = False):
         """-> (log-probabilities, output lengths); every_layer: (a list of them, as the head reads
@@ -392,25 +403,22 @@ def init_weights(model: Recogniser) -> None:
     """Draw the weights of each layer by its role.
 
     The head's and the projections' must be large enough to pass a gradient down: normal(0, 0.01),
-    the classifier's in MobileNetV3 (kept by init='before'), makes each layer's too small.
+    the classifier's in MobileNetV3, makes each layer's too small.
     """
-    fixed = model.config.init == 'fixed'
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # He et al. 2015, as in torchvision's MobileNetV3
             nn.init.kaiming_normal_(module.weight, mode='fan_out')
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0, 0.02 if fixed else 0.01)
+            nn.init.normal_(module.weight, 0, model.config.weight_init)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LSTM) and fixed:
+        elif isinstance(module, nn.LSTM) and model.config.forget_bias:
             init_lstm(module)
-    if fixed:
+    if model.config.output_init == 'xavier':
         nn.init.xavier_uniform_(model.head.weight)
-    if model.config.zero_init_residual:
-        for block in model.blocks:
-            if block.residual:
-                nn.init.zeros_(block.project[1].weight)
+    else:
+        nn.init.normal_(model.head.weight, 0, 0.01)
 
 
 # ---- CTC, and decoding ---------------------------------------------------------------------------
@@ -495,29 +503,52 @@ def word_times(path: Sequence[int], alphabet: list[str], seconds: float) -> list
 
 # ---- checkpoints, and python model.py ------------------------------------------------------------
 
-def load_checkpoint(path: str) -> tuple[Recogniser, list[str], dict]:
+FORMAT = 2  # of checkpoints
+
+
+class CheckpointError(Exception):
+    """A file is no checkpoint that this code can read; the message says why, in one line."""
+
+
+def load_checkpoint(path: str | Path) -> tuple[Recogniser, list[str], dict]:
     """A checkpoint of train.py -> the recogniser in eval mode, its alphabet, what is known of its
     run.
 
-    Raises whatever torch.load and a file of another content may raise.
+    Raises CheckpointError.
     """
-    checkpoint = torch.load(path, weights_only=True, map_location='cpu')
-    network = Recogniser(Config(**checkpoint['config']))
-    network.load_state_dict(checkpoint['model'])
-    return network.eval(), checkpoint['alphabet'], checkpoint['run']
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location='cpu')
+        number = checkpoint.get('format', 1)
+    except Exception as error:  # whatever a file that is no checkpoint may raise
+        reason = 'no such file' if not os.path.exists(path) else type(error).__name__
+        raise CheckpointError(f'{path}: is no checkpoint of train.py ({reason}); give the best.pt '
+                              'or last.pt of a run') from None
+    if number != FORMAT:
+        raise CheckpointError(f'{path}: its format is number {number}, this code reads {FORMAT}; '
+                              'use the code that wrote it, or train again')
+    try:
+        network = Recogniser(Config(**checkpoint['config']))
+        network.load_state_dict(checkpoint['model'])
+        return network.eval(), checkpoint['alphabet'], checkpoint['run']
+    except Exception as error:
+        raise CheckpointError(f'{path}: is a damaged checkpoint ({type(error).__name__}); give '
+                              'another') from None
 
 
 @torch.no_grad()
 def transcribe(network: Recogniser, alphabet: list[str], wave: Tensor) -> Transcript:
     """What a recogniser in eval mode hears in a wave (S,) at 16 kHz, as data.read_wave gives it."""
     import data  # here, so that the network can be used without
-    mels = data.features(wave)
+    mels, start = data.features(wave)
     log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
     path = log_probs[0].argmax(1).tolist()
     text = ''.join(alphabet[emission.symbol] for emission in collapse(path))
     words = word_times(path, alphabet, network.config.frames_per_output * data.FRAME_SECONDS)
+    offset = start * data.FRAME_SECONDS
     duration = len(wave) / data.SAMPLE_RATE
-    return Transcript(text, [word._replace(end=min(word.end, duration)) for word in words])
+    in_clip = [Word(word.text, start=min(max(0, word.start + offset), duration),
+                    end=min(max(0, word.end + offset), duration)) for word in words]
+    return Transcript(text, in_clip)
 
 
 def describe_checkpoint(network: Recogniser, alphabet: list[str], run: dict) -> str:
@@ -543,12 +574,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     import data
     try:
         network, alphabet, run = load_checkpoint(args.checkpoint)
-        description = describe_checkpoint(network, alphabet, run)
-    except Exception as error:  # whatever a file that is no checkpoint may raise
-        sys.exit(f'model.py: {args.checkpoint}: is no checkpoint of train.py '
-                 f'({type(error).__name__}); give the best.pt or last.pt of a run')
+    except CheckpointError as error:
+        sys.exit(f'model.py: {error}')
     if not args.clips:
-        print(description)
+        print(describe_checkpoint(network, alphabet, run))
     failed = False
     for clip in args.clips:
         try:

@@ -1,7 +1,8 @@
 """What a run says about itself: error rates, CTC's two plateaus, gradients, outputs, and what is
 wrong by name.
 
-    python monitor.py RUN ...       a run by epochs, its warnings, its best epoch, how to go on
+    python monitor.py RUN           a run by epochs, its warnings, its best epoch, how to go on
+    python monitor.py RUN RUN ...   what differs between runs, their scores and spread
 
 A stuck CTC model sits on one of two lines, both known before training, in nats per label:
 
@@ -77,9 +78,10 @@ def bootstrap_interval(errors: Tensor, words: Tensor) -> list[float]:
 
 
 def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict:
-    """Word and character error rates in per cent, with counts and the WER's 95 % interval.
+    """Word, character and sentence error rates in per cent, with counts and the WER's interval.
 
-    (S + I + D) / reference length; errors are pooled over all utterances.
+    (S + I + D) / reference length; errors are pooled over all utterances. A sentence is wrong if a
+    word of it is.
     """
     edits = [edit_counts(r.split(), h.split()) for r, h in zip(references, hypotheses)]
     words = [len(r.split()) for r in references]
@@ -90,6 +92,7 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict:
         'wer': 100 * errors / sum(words),
         'interval': bootstrap_interval(torch.tensor([e.cost for e in edits]), torch.tensor(words)),
         'cer': 100 * character_errors / characters,
+        'ser': 100 * sum(e.cost > 0 for e in edits) / len(references),
         'substitutions': sum(e.substitutions for e in edits),
         'insertions': sum(e.insertions for e in edits),
         'deletions': sum(e.deletions for e in edits),
@@ -392,22 +395,194 @@ def show_progress(update: int, updates: int, loss: float, seconds: float) -> Non
               end=CLEAR, file=sys.stderr, flush=True)
 
 
+# ---- reading and comparing runs ------------------------------------------------------------------
+
+# Of config.json: what tells nothing about how a run was made, or follows from the rest.
+NO_SETTINGS = ('run_dir', 'resume', 'data', 'plateaus', 'valid_plateaus', 'vocab_size', 'workers',
+               'undo', 'only')
+
+
+class RunError(Exception):
+    """A folder holds no run that can be read; the message says why, in one line."""
+
+
+class Run(NamedTuple):
+    """What a run folder holds; empty what it lacks."""
+    name: str
+    settings: dict
+    log: list[dict]                       # of whole lines
+    torn: bool                            # whether the log's last line was cut off
+    split: str                            # 'test' or 'valid', whichever was scored last
+    rates: dict                           # error rates on it
+    sentences: dict[str, tuple[str, str]]  # on it, {file: (said, heard)}
+
+
+def read_log(path: Path) -> tuple[list[dict], bool]:
+    """The whole lines of a log.jsonl, and whether its last one was cut off. Raises RunError."""
+    lines = path.read_text().splitlines()
+    log = []
+    for number, line in enumerate(lines, 1):
+        try:
+            log.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise RunError(f'{path}:{number}: is no JSON; the log is damaged') from None
+            return log, True
+    return log, False
+
+
+def read_sentences(path: Path) -> dict[str, tuple[str, str]]:
+    """A valid.tsv or test.tsv, {file: (said, heard)}."""
+    sentences = {}
+    for line in path.read_text().splitlines()[1:]:
+        file, said, heard = line.split('\t')
+        sentences[file] = (said, heard)
+    return sentences
+
+
+def read_run(folder: str | Path) -> Run:
+    """A run folder of train.py, of a run at work too. Raises RunError."""
+    folder = Path(folder)
+    try:
+        config, log, torn, results = {}, [], False, {}
+        if (folder / 'config.json').exists():
+            config = json.loads((folder / 'config.json').read_text())
+        if (folder / 'log.jsonl').exists():
+            log, torn = read_log(folder / 'log.jsonl')
+        if (folder / 'results.json').exists():
+            results = json.loads((folder / 'results.json').read_text())
+        if not log and not results:
+            raise RunError(f'{folder}: holds neither log.jsonl nor results.json of train.py; '
+                           'name a run folder')
+        split = 'test' if results.get('test') else 'valid'
+        sentences = {}
+        if results.get(split):
+            sentences = read_sentences(folder / f'{split}.tsv')
+        settings = {key: value for key, value in config.items() if key not in NO_SETTINGS}
+        return Run(str(folder), settings, log, torn, split, results.get(split) or {}, sentences)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(f'{folder}: holds no whole run of train.py ({error!r}); name a run '
+                       'folder') from None
+
+
+def print_run(run: Run) -> None:
+    """Print a run by epochs, and how to go on. Raises RunError."""
+    print(run.name)
+    try:
+        for record in run.log:
+            print(epoch_line(record))
+        if run.torn:
+            print('the last line of the log is cut off, and left out here')
+        if run.log:
+            print(*advice(run.log), sep='\n')
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f'{run.name}: log.jsonl lacks what train.py writes ({error!r})') from None
+
+
+def table(rows: Sequence[Sequence]) -> str:
+    """Rows of cells, the first row their names -> lines with columns of one width."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells)]
+    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)) for row in cells]
+    return '\n'.join(line.rstrip() for line in lines)
+
+
+def score_row(run: Run) -> list:
+    """A run's scores as cells of a table."""
+    epochs = [record for record in run.log if 'wer' in record]
+    best = min(reversed(epochs), key=lambda r: (r['wer'], r['cer']))['epoch'] if epochs else ''
+    minutes = f'{run.log[-1]["train_seconds"] / 60:.1f}' if run.log else ''
+    if not run.rates:
+        return [run.name, 'not finished', '', '', '', '', '', '', best, minutes]
+    rates = run.rates
+    return [run.name, run.split, f'{rates["wer"]:.2f}', rates['substitutions'], rates['insertions'],
+            rates['deletions'], f'{rates["cer"]:.2f}', f'{rates.get("ser", math.nan):.1f}', best,
+            minutes]
+
+
+def print_spread(runs: Sequence[Run]) -> None:
+    """Print mean and standard deviation of the WERs of runs that differ by their seed alone."""
+    groups = {}
+    for run in runs:
+        settings = {key: value for key, value in run.settings.items() if key != 'seed'}
+        if run.rates and settings:
+            key = json.dumps([settings, run.split], sort_keys=True)
+            groups.setdefault(key, []).append(run)
+    for group in groups.values():
+        if len(group) > 1:
+            rates = torch.tensor([run.rates['wer'] for run in group], dtype=torch.float64)
+            print(f'{", ".join(run.name for run in group)} differ by the seed alone: '
+                  f'WER {rates.mean():.2f} % on average, standard deviation {rates.std():.2f}')
+
+
+def paired_bootstrap(one: Run, two: Run) -> tuple[float, list[float]]:
+    """How much higher the second run's WER is, in points, and the middle 95 % of its samples.
+
+    10,000 samples of the utterances that both scored, the same for both (Bisani & Ney 2004).
+    """
+    files = sorted(one.sentences)
+    words = torch.tensor([len(one.sentences[file][0].split()) for file in files])
+    more = []
+    for file in files:
+        errors = [edit_counts(said.split(), heard.split()).cost
+                  for said, heard in (one.sentences[file], two.sentences[file])]
+        more.append(errors[1] - errors[0])
+    more = torch.tensor(more)
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for _ in range(10_000):
+        draw = torch.randint(len(files), (len(files),), generator=generator)
+        samples.append(100 * more[draw].sum() / words[draw].sum())
+    interval = torch.stack(samples).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return (100 * more.sum() / words.sum()).item(), interval
+
+
+def print_comparison(runs: Sequence[Run]) -> None:
+    """Print the settings that differ, the scores, their spread; for two, whether they differ."""
+    keys = sorted({key for run in runs for key in run.settings})
+    differ = [key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1]
+    if differ:
+        rows = [['run', *differ]]
+        rows += [[run.name, *(run.settings.get(key) for key in differ)] for run in runs]
+        print(table(rows), end='\n\n')
+    names = ['run', 'scored', 'WER %', 'S', 'I', 'D', 'CER %', 'wrong sentences %', 'best epoch',
+             'minutes']
+    print(table([names, *map(score_row, runs)]))
+    print_spread(runs)
+    if len(runs) == 2 and runs[0].sentences:
+        one, two = runs
+        said = [{file: said for file, (said, _) in run.sentences.items()} for run in runs]
+        if said[0] == said[1]:
+            more, (low, high) = paired_bootstrap(one, two)
+            verdict = 'no difference that this test can show'
+            if low > 0 or high < 0:
+                verdict = f'{(one if low > 0 else two).name} is better'
+            print(f'paired bootstrap: the second has {more:+.2f} points of WER '
+                  f'(95 %: {low:+.2f} to {high:+.2f}): {verdict}')
+
+
 # ---- python monitor.py ---------------------------------------------------------------------------
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description='Read runs: a table by epoch, warnings, the best epoch, how to go on.')
+        description='Read a run: a table by epoch, warnings, the best epoch, how to go on. Or '
+                    'compare several: settings that differ, scores, their spread; for two, a '
+                    'paired bootstrap.')
     parser.add_argument('run', nargs='+', help='run folder of train.py')
+    folders = parser.parse_args(argv).run
+    runs = []
     failed = False
-    for run in parser.parse_args(argv).run:
+    for folder in folders:
         try:
-            text = (Path(run) / 'log.jsonl').read_text()
-            log = [json.loads(line) for line in text.splitlines()]
-            print(run, *map(epoch_line, log), *advice(log), sep='\n')
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            print(f'monitor.py: {run}: holds no whole log.jsonl of train.py ({error!r}); '
-                  'name a run folder', file=sys.stderr)
+            run = read_run(folder)
+            if len(folders) == 1:
+                print_run(run)
+            runs.append(run)
+        except RunError as error:
+            print(f'monitor.py: {error}', file=sys.stderr)
             failed = True
+    if len(runs) > 1:
+        print_comparison(runs)
     sys.exit(failed)
 
 

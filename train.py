@@ -13,15 +13,18 @@ References: Smith & Topin 2019 (OneCycle); Loshchilov & Hutter 2019 (AdamW); Lee
 """
 import argparse
 import contextlib
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import random
 import shlex
-import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -35,14 +38,82 @@ import data
 import model
 import monitor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 EVALUATION_BATCH = 16   # utterances
 CHECK_UP_TO = 5000      # utterances; of more, files are decoded beforehand only with --skip_bad
 OVERFIT_UPDATES = 25    # at least, in an epoch of --overfit
+MOST_LOST = 10          # updates in a row without a finite gradient
 PARTS = {               # of the network, by the names of their parameters
-    'backbone': ('stem', 'blocks', 'last', 'early', 'projection', 'transposed_conv'),
+    'backbone': ('stem', 'blocks', 'last', 'early', 'deep', 'gate'),
     'recurrent': ('recurrent',),
     'head': ('head',),
 }
+
+
+# ---- the fixes -----------------------------------------------------------------------------------
+
+class Fix(NamedTuple):
+    """A change that broke the plateau; its value after is the default of the setting."""
+    setting: str   # a flag, or a field of model.Config
+    before: object
+    why: str
+    ours: bool = False  # not among the original's
+
+
+FIXES = {
+    'output_init': Fix('output_init', 'normal',
+                       'Xavier: a head of deviation 0.01 passes little gradient down (Glorot & '
+                       'Bengio 2010)'),
+    'weight_init': Fix('weight_init', 0.01, 'the same for the projections below the LSTM'),
+    'upsample': Fix('upsample', 'transpose',
+                    'interpolation gives ceil(T / frames_per_output) outputs exactly, '
+                    'ConvTranspose too many'),
+    'dropout': Fix('dropout', 0.3, 'what regularises later slows the way off the plateau'),
+    'squeeze_excite': Fix('squeeze_excite', True,
+                          'channel gates multiply small gradients by small numbers (Howard et al. '
+                          '2019, section 5.3)'),
+    'forget_bias': Fix('forget_bias', False,
+                       'open forget gates, orthogonal weights (Jozefowicz et al. 2015; Saxe et al. '
+                       '2014)'),
+    'learning_rate': Fix('learning_rate', 1e-4, 'too small a step stays where it is'),
+    'schedule': Fix('schedule', 'constant',
+                    'OneCycle climbs to ten times the rate and back (Smith & Topin 2019)'),
+    'grad_clip': Fix('grad_clip', 1.0, 'early CTC gradients are large: 1.0 cuts nearly all'),
+    'weight_decay': Fix('weight_decay', 1e-4, 'less pull towards zero'),
+    'deep_path': Fix('deep_path', 'alone',
+                     'early + gate * deep: the gradient has a short way (Howard et al. 2019, '
+                     'section 6.4; Touvron et al. 2021)', ours=True),
+    'interctc': Fix('interctc_weight', 0.0,
+                    'the first LSTM layer is told directly what to say (Lee & Watanabe 2021)',
+                    ours=True),
+    'output_rate': Fix('frames_per_output', 1,
+                       'fewer outputs a label: a shorter plateau than with one each 10 ms',
+                       ours=True),
+}
+
+
+def undone_fixes(undo: Sequence[str] | None, only: Sequence[str] | None) -> list[str]:
+    """The names of the fixes that --undo and --only take back."""
+    if only is not None:
+        return [name for name in FIXES if name not in only]
+    undo = undo or []
+    return [name for name, fix in FIXES.items()
+            if name in undo or 'all' in undo or ('ours' in undo and fix.ours)]
+
+
+def fixes_table(defaults: Mapping) -> str:
+    """The fixes, for --help."""
+    lines = ['fixes, with the value that --undo brings back and the one of today; * ours:']
+    for name, fix in FIXES.items():
+        today = defaults[fix.setting]
+        lines.append(f'  {name}{"*" * fix.ours}: {fix.before} -> {today}; {fix.why}')
+    lines.append('--undo all is the original before any of its fixes, in our loop, features, masks '
+                 'and strides')
+    return '\n'.join(lines)
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -57,7 +128,7 @@ def number(kind: type, low: float, high: float = 2 ** 53) -> Callable[[str], flo
     return parse
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows each default; what an unset flag means, its help says."""
 
     def _get_help_string(self, action):
@@ -66,21 +137,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of train.py; settings of the network that were not given are left out."""
-    parser = argparse.ArgumentParser(
-        description='Train a MobileNetV3 + BiLSTM + CTC speech recogniser.',
-        allow_abbrev=False, formatter_class=HelpFormatter)
-    add_data_flags(parser.add_argument_group('data'))
-    add_optimisation_flags(parser.add_argument_group('optimisation'))
-    add_model_flags(parser.add_argument_group('model'))
-    add_run_flags(parser.add_argument_group('run'))
-    return parser.parse_args(argv)
+SWITCH = argparse.BooleanOptionalAction
 
 
-def add_data_flags(group: argparse._ArgumentGroup) -> None:
+def add_data_flags(add: Callable) -> None:
     count = number(int, 0)
-    add = group.add_argument
     add('--train_data',
         help='corpus: .jsonl, .csv or .tsv manifest, LibriSpeech or CMU Sphinx folder; unset: the '
              'built-in corpus with its own validation and test, spoken into the folder corpus/')
@@ -88,26 +149,27 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
         help='corpus that chooses best.pt; unset: a tenth of the training data, other speakers if '
              'ten are known; none: train on everything, keep the last checkpoint')
     add('--test_data', help='corpus scored once, at the end; unset or none: no test')
-    add('--skip_bad', action=argparse.BooleanOptionalAction, default=False,
+    add('--skip_bad', action=SWITCH, default=False,
         help='leave out utterances that cannot be used, which else end the run')
     add('--overfit', type=count, default=0,
         help='learn N utterances by heart, without augmentation; 0: train as usual')
     add('--num_train_samples', type=count, default=0,
         help='train on N utterances, drawn by the seed; 0: all')
-    add('--spec_augment', action=argparse.BooleanOptionalAction, default=False,
+    add('--spec_augment', action=SWITCH, default=False,
         help='mask bands and stretches of time in training')
-    add('--speed_perturb', action=argparse.BooleanOptionalAction, default=True,
+    add('--speed_perturb', action=SWITCH, default=True,
         help='play at 0.9 to 1.1 times the speed in training')
     add('--workers', type=count, default=0,
         help='processes that load audio; 0: the training process itself')
 
 
-def add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
+def add_optimisation_flags(add: Callable) -> None:
     positive, amount = number(int, 1), number(float, 0)
-    add = group.add_argument
     add('--epochs', type=positive, default=8, help='passes over the training data')
     add('--batch_size', type=positive, default=8, help='utterances an update')
-    add('--learning_rate', type=amount, default=3e-4, help='OneCycleLR climbs to ten times this')
+    add('--learning_rate', type=amount, default=3e-4, help='OneCycle climbs to ten times this')
+    add('--schedule', choices=('onecycle', 'constant'), default='onecycle',
+        help='of the learning rate')
     add('--weight_decay', type=amount, default=1e-5, help="AdamW's; 0: none")
     add('--grad_clip', type=amount, default=5.0,
         help='largest norm of all gradients together; 0: no limit')
@@ -117,37 +179,92 @@ def add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
         help='of hold-out, subset, initialisation, order, augmentation, dropout')
 
 
-def add_model_flags(group: argparse._ArgumentGroup) -> None:
+def add_model_flags(add: Callable) -> None:
     positive = number(int, 1)
-    fixed = model.Config(vocab_size=1)
-    add = group.add_argument
-    add('--model', choices=model.PRESETS, default='fixed',
-        help="fixed: ours; literal: the original's fixed network; before: its network before the "
-             'fixes. The flags below change single settings; in brackets those of fixed')
-    unset = {'default': argparse.SUPPRESS}
-    add('--blocks', type=positive, help=f'of MobileNetV3-Small, 2 to 11 [{fixed.blocks}]', **unset)
-    add('--frames_per_output', type=positive,
-        help=f'frames of 10 ms: 1, 2 or 4 [{fixed.frames_per_output}]', **unset)
-    add('--hidden', type=positive, help=f'LSTM units in each direction [{fixed.hidden}]', **unset)
-    add('--dropout', type=number(float, 0),
-        help=f'before each LSTM layer and the head; 0: none [{fixed.dropout}]', **unset)
-    switch = unset | {'action': argparse.BooleanOptionalAction}
-    add('--zero_init_residual', **switch,
-        help=f'residual blocks start as identities [{fixed.zero_init_residual}]')
-    add('--early_path', **switch, help="with 4 blocks or more: add block 3's features to the deep "
-                                       f'ones [{fixed.early_path}]')
-    add('--squeeze_excite', **switch,
-        help=f"MobileNetV3's channel gates [{fixed.squeeze_excite}]")
+    ours = model.Config(vocab_size=1)
+    add('--blocks', type=positive, default=ours.blocks, help='of MobileNetV3-Small, 2 to 11')
+    add('--frames_per_output', type=positive, default=ours.frames_per_output,
+        help='frames of 10 ms that an output stands for: 1, 2 or 4')
+    add('--hidden', type=positive, default=ours.hidden, help='LSTM units in each direction')
+    add('--dropout', type=number(float, 0), default=ours.dropout,
+        help='before each LSTM layer and the head; 0: none')
+    add('--squeeze_excite', action=SWITCH, default=ours.squeeze_excite,
+        help="MobileNetV3's channel gates")
+    add('--undo', nargs='+', choices=[*FIXES, 'all', 'ours'], metavar='FIX',
+        help="take fixes back, by the names below; all: every one; ours: those not the original's, "
+             'which leaves its fixed system taken literally; unset: none')
+    add('--only', nargs='+', choices=FIXES, metavar='FIX',
+        help='take back every fix but these; unset: see --undo')
 
 
-def add_run_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add('--run_dir', default=None, help='folder for the results; unset: runs/ and the time')
+def add_run_flags(add: Callable) -> None:
+    add('--run_dir', help='folder for the results; unset: runs/ and the time')
+    add('--resume', metavar='RUN_DIR',
+        help='go on with a run that was ended, by its own settings; unset: a new run')
+    add('--init_from', metavar='CHECKPOINT',
+        help="start from a checkpoint's weights; the head is new where the alphabet differs; "
+             'unset: from random weights')
+    add('--evaluate', metavar='CHECKPOINT',
+        help='train nothing; score a checkpoint on --test_data; unset: train')
     add('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
-    add('--benchmark', action=argparse.BooleanOptionalAction, default=False,
+    add('--benchmark', action=SWITCH, default=False,
         help='train nothing; measure the speed of all parts at these settings')
-    add('--json', action=argparse.BooleanOptionalAction, default=False,
+    add('--json', action=SWITCH, default=False,
         help='with --benchmark: print it as one JSON object')
+
+
+def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of train.py, fixes undone; of --resume those of the run. Raises DataError."""
+    parser = argparse.ArgumentParser(
+        description='Train a MobileNetV3 + BiLSTM + CTC speech recogniser.',
+        allow_abbrev=False, formatter_class=HelpFormatter)
+    add_data_flags(parser.add_argument_group('data').add_argument)
+    add_optimisation_flags(parser.add_argument_group('optimisation').add_argument)
+    add_model_flags(parser.add_argument_group('model').add_argument)
+    add_run_flags(parser.add_argument_group('run').add_argument)
+    defaults = asdict(model.Config(vocab_size=1)) | vars(parser.parse_args([]))
+    parser.epilog = fixes_table(defaults)
+    args = parser.parse_args(argv)
+    unset = object()  # what parse_args finds set, it does not set to the default
+    probe = argparse.Namespace(**dict.fromkeys(vars(args), unset))
+    parser.parse_args(argv, probe)
+    given = {name for name, value in vars(probe).items() if value is not unset}
+    if args.resume:
+        return resumed_flags(args, given)
+    undo_fixes(args, given)
+    return args
+
+
+def undo_fixes(args: argparse.Namespace, given: set[str]) -> None:
+    """Set what --undo and --only take back to its value before. Raises DataError."""
+    if args.undo and args.only:
+        raise data.DataError('flags: --undo and --only say the same in two ways; leave one away')
+    for name in undone_fixes(args.undo, args.only):
+        fix = FIXES[name]
+        if fix.setting in given:
+            raise data.DataError(f'flags: --{fix.setting} sets what undoing {name} sets too, to '
+                                 f'{fix.before}; leave one away')
+        setattr(args, fix.setting, fix.before)
+
+
+def resumed_flags(args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
+    """The flags that a run was started with. Raises DataError where another one is given now."""
+    folder = Path(args.resume)
+    try:
+        config = json.loads((folder / 'config.json').read_text())
+    except (OSError, ValueError):
+        raise data.DataError(f'--resume {folder}: holds no config.json of a run; name the folder '
+                             'of a run') from None
+    for name in sorted(given - {'resume', 'run_dir'}):
+        if name not in config or getattr(args, name) != config[name]:
+            fix = 'leave it away'
+            if name == 'epochs':
+                fix = (f'its learning rate has ended by then; --init_from {folder}/last.pt starts '
+                       'a new run from its weights')
+            raise data.DataError(f'flags: --{name} {getattr(args, name)} contradicts the run, '
+                                 f'which has {config.get(name)}; {fix}')
+    return argparse.Namespace(**vars(args) | config | {'resume': args.resume,
+                                                       'run_dir': str(folder)})
 
 
 def make_config(args: argparse.Namespace) -> model.Config:
@@ -155,7 +272,7 @@ def make_config(args: argparse.Namespace) -> model.Config:
     given = {key: value for key, value in vars(args).items()
              if key in model.Config.__dataclass_fields__}
     try:
-        return model.Config(vocab_size=1, **model.PRESETS[args.model] | given)
+        return model.Config(**given | {'vocab_size': 1})
     except ValueError as error:
         raise data.DataError(f'flags: {error}') from None
 
@@ -168,7 +285,7 @@ Schedule = torch.optim.lr_scheduler.LRScheduler
 
 def make_optimizer(network: nn.Module, args: argparse.Namespace,
                    updates: int) -> tuple[Optimizer, Schedule]:
-    """AdamW, and OneCycleLR to ten times the learning rate.
+    """AdamW, and OneCycleLR to ten times the learning rate, or a constant one.
 
     10 % of the updates climb from 0.4 of it, the rest fall to nothing, both by cosine; AdamW's
     first beta goes 0.95, 0.85, 0.95 the other way (PyTorch's defaults).
@@ -176,6 +293,8 @@ def make_optimizer(network: nn.Module, args: argparse.Namespace,
     # fused: one kernel for all parameters, 7 % of an update on a CPU.
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate,
                                   weight_decay=args.weight_decay, fused=True)
+    if args.schedule == 'constant':
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     # PyTorch divides by zero at exactly 10 updates: 10 % of them is one, the climb's start and end.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=10 * args.learning_rate, total_steps=max(updates, 11), pct_start=0.1,
@@ -183,15 +302,27 @@ def make_optimizer(network: nn.Module, args: argparse.Namespace,
     return optimizer, schedule
 
 
+class Diverged(Exception):
+    """Training cannot go on; indices: the utterances of the updates that failed."""
+
+    def __init__(self, message: str, indices: Sequence[int]):
+        super().__init__(message)
+        self.indices = indices
+
+
 def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: Optimizer,
                 schedule: Schedule, gradients: monitor.Gradients, outputs: monitor.Outputs,
-                args: argparse.Namespace, progress: Callable = monitor.show_progress) -> float:
-    """One pass over the batches -> the mean training loss in nats per label, of this process."""
+                args: argparse.Namespace, progress: Callable = lambda update, loss: None) -> float:
+    """One pass over the batches -> the mean training loss in nats per label, of this process.
+
+    Raises Diverged at a loss that is not finite, and where no update, or ten in a row, could be
+    made.
+    """
     network.train()
     gradients.reset()
     outputs.reset()
     total, count = 0.0, 0
-    start = time.time()
+    lost = []  # the utterances of the updates left out since the last good one
     for update, batch in enumerate(batches, 1):
         layers, lengths = network(batch.mels.to(args.device), batch.lengths.to(args.device),
                                   every_layer=True)
@@ -201,19 +332,25 @@ def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: Op
         first, loss = [F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths)
                        for log_probs in (layers[0], layers[-1])]
         if not torch.isfinite(loss):
-            raise data.DataError(f'training diverged, the loss is {loss.item()}; '
-                                 'lower --learning_rate')
+            raise Diverged(f'the loss is {loss.item()}', batch.indices)
         optimizer.zero_grad()
         # Intermediate CTC: the first layer is told directly what the last one is to say.
         loss.lerp(first, args.interctc_weight).backward()
         if gradients.clip(args.grad_clip):  # False, and counted, where one is not finite
             optimizer.step()
             schedule.step()
+            lost = []
+        else:
+            lost.append(batch.indices)
+        if len(lost) == MOST_LOST:
+            raise Diverged(f'{MOST_LOST} updates in a row had gradients that are not finite',
+                           sum(lost, ()))
         total += loss.item() * len(batch.mels)
         count += len(batch.mels)
         outputs.add(layers[-1], lengths, target_lengths)
-        progress(schedule.last_epoch, schedule.total_steps, total / count,
-                 (time.time() - start) / update)
+        progress(update, total / count)
+    if len(lost) == update:
+        raise Diverged('no update of the epoch had finite gradients', sum(lost, ()))
     return total / count
 
 
@@ -239,7 +376,7 @@ def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu',
     network.eval()
     losses, sentences = [], []
     batches = data.evaluation_batches(speech.utterances, EVALUATION_BATCH)
-    for batch in data.loader(speech, batches, workers):
+    for batch in data.progress(data.loader(speech, batches, workers), len(batches), 'scoring'):
         log_probs, lengths = network(batch.mels.to(device), batch.lengths.to(device))
         log_probs, lengths = log_probs.cpu(), lengths.cpu()
         loss = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, lengths, batch.target_lengths,
@@ -289,8 +426,8 @@ def load_splits(args: argparse.Namespace, frames_per_output: int) -> data.Splits
                               frames_per_output, math.inf if args.skip_bad else CHECK_UP_TO)
     faults = list(splits.faults.values())
     if faults and not args.skip_bad:
-        raise data.DataError('\n'.join([*faults, f'{len(faults)} broken; --skip_bad trains without '
-                                                 'them']))
+        count = f'{len(faults)} broken; --skip_bad trains without them'
+        raise data.DataError('\n'.join([*faults, count]))
     if faults:
         print(*faults, f'{len(faults)} broken utterances are left out', sep='\n')
     for split, path in paths.items():
@@ -325,6 +462,18 @@ def plateaus(utterances: Sequence[data.Utterance], alphabet: Sequence[str],
     return lines
 
 
+def data_fingerprint(splits: data.Splits) -> dict[str, str]:
+    """{split: digest} of what its utterances are, for --resume to see that they still are."""
+    digests = {}
+    for split in 'train', 'valid', 'test':
+        digest = hashlib.sha256()
+        for u in getattr(splits, split):
+            size = os.path.getsize(u.path)
+            digest.update(f'{u.path.name} {u.duration} {size} {u.text}\n'.encode())
+        digests[split] = digest.hexdigest()
+    return digests
+
+
 @dataclass
 class Task:
     """What a run is to learn, and with what."""
@@ -342,16 +491,19 @@ class Task:
         return sum(u.duration for u in self.splits.train) / 3600
 
     @property
+    def batches(self) -> int:
+        """Of one pass over the training data."""
+        return math.ceil(len(self.splits.train) / self.args.batch_size)
+
+    @property
     def passes(self) -> int:
         """How often an epoch goes over the data: once, but more often over a few to overfit."""
-        if not self.args.overfit:
-            return 1
-        return math.ceil(OVERFIT_UPDATES / math.ceil(len(self.splits.train) / self.args.batch_size))
+        return math.ceil(OVERFIT_UPDATES / self.batches) if self.args.overfit else 1
 
     @property
     def updates(self) -> int:
         """Of an epoch."""
-        return self.passes * math.ceil(len(self.splits.train) / self.args.batch_size)
+        return self.passes * self.batches
 
     def train_speech(self) -> data.Speech:
         augment = not self.args.overfit
@@ -381,26 +533,56 @@ def check_grid(utterances: Sequence[data.Utterance], alphabet: Sequence[str], st
               'than CTC needs; upsampling hides that:', *(u.path.name for u in coarse))
 
 
-def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
-    """Read the data and make the network. Raises DataError."""
-    if ranks > 1 and (args.overfit or args.benchmark):
-        raise data.DataError('flags: --overfit and --benchmark are for one process; leave torchrun '
-                             'away')
-    config = make_config(args)
+def check_device(args: argparse.Namespace) -> None:
+    """Raise DataError where --device names none."""
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise data.DataError(f'flags: --device {args.device}: there is no such device '
-                             f'({error})') from None
+                             f'({error}); cpu is always there') from None
+
+
+def init_from(network: model.Recogniser, alphabet: Sequence[str], path: str) -> None:
+    """Give the network the weights of a checkpoint. Raises DataError."""
+    try:
+        source, its_alphabet, _ = model.load_checkpoint(path)
+    except model.CheckpointError as error:
+        raise data.DataError(f'--init_from {error}') from None
+    weights = source.state_dict()
+    if list(its_alphabet) != list(alphabet):
+        print('the head is new: the checkpoint was trained on other characters')
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith('head.')}
+    own = network.state_dict()
+    shapes = {name: tensor.shape for name, tensor in own.items() if not name.startswith('head.')}
+    theirs = {name: tensor.shape for name, tensor in source.state_dict().items()
+              if not name.startswith('head.')}
+    if shapes != theirs:
+        settings = asdict(source.config)
+        differ = [f'--{name} {settings[name]}' for name, value in asdict(network.config).items()
+                  if settings[name] != value and name != 'vocab_size']
+        raise data.DataError(f'--init_from {path}: is another network than the flags make; it has '
+                             f'{", ".join(differ)}')
+    network.load_state_dict(own | weights)
+
+
+def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
+    """Read the data and make the network. Raises DataError."""
+    if ranks > 1 and (args.overfit or args.benchmark or args.evaluate):
+        raise data.DataError('flags: --overfit, --benchmark and --evaluate are for one process; '
+                             'leave torchrun away')
+    config = make_config(args)
+    check_device(args)
     if rank:
         torch.distributed.barrier()  # the first process makes the built-in corpus
     splits = load_splits(args, config.frames_per_output)
     if ranks > 1 and rank == 0:
         torch.distributed.barrier()
     alphabet = data.make_alphabet(splits.train)
-    network = model.Recogniser(replace(config, vocab_size=len(alphabet))).to(args.device)
+    network = model.Recogniser(replace(config, vocab_size=len(alphabet)))
+    if args.init_from and not args.resume:
+        init_from(network, alphabet, args.init_from)
     check_characters(splits, alphabet)
-    check_grid(splits.train, alphabet, network.stride)
+    network.to(args.device)
     lines = plateaus(splits.train, alphabet, network)
     valid_lines = plateaus(splits.valid, alphabet, network) if splits.valid else None
     return Task(args, splits, alphabet, network, lines, valid_lines, rank, ranks)
@@ -408,117 +590,285 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
 
 # ---- the run folder ------------------------------------------------------------------------------
 
-def open_run(task: Task) -> Path:
-    """Make the run folder, and write down what the run is. Raises DataError."""
-    args = task.args
-    folder = Path(args.run_dir or time.strftime('runs/%Y%m%d-%H%M%S'))
-    if task.rank:
-        return folder
-    config = vars(args) | asdict(task.network.config)
-    config |= {'plateaus': task.lines, 'valid_plateaus': task.valid_lines}
+def save(content: dict, path: Path) -> None:
+    """torch.save a dict of plain data and tensors, all of it or nothing. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with data.whole_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a text file, all of it or nothing. Raises OSError."""
+    with data.whole_file(path) as file:
+        file.write(text.encode())
+
+
+def lock(folder: Path) -> None:
+    """Hold a run folder for this process until it ends, however it ends. Raises DataError."""
+    if fcntl is None:  # Windows
+        return
     try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise data.DataError(f'{folder}: another run is at work there; '
+                             'name another --run_dir') from None
+
+
+def make_folder(run_dir: str | None) -> Path:
+    """A folder for a new run, for this process alone: by default, of the time and a free number.
+
+    Raises DataError, OSError.
+    """
+    if run_dir:
+        folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if any(path.name != 'config.json' for path in folder.iterdir()):  # of a run that failed
-            raise data.DataError(f'--run_dir {folder}: is not empty; name another folder')
-        (folder / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
+        lock(folder)
+        if any(folder.iterdir()):
+            raise data.DataError(f'--run_dir {folder}: is not empty; name another folder, or '
+                                 f'--resume {folder}')
+        return folder
+    name = time.strftime('runs/%Y%m%d-%H%M%S')
+    for number in itertools.count(1):
+        folder = Path(name if number == 1 else f'{name}-{number}')
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        lock(folder)
+        return folder
+
+
+def open_run(task: Task) -> Path:
+    """The run folder, which holds what the run is; of --resume, seen to be the same. Raises
+    DataError."""
+    args = task.args
+    fingerprint = data_fingerprint(task.splits)
+    if args.resume:
+        folder = Path(args.resume)
+        if task.rank == 0:
+            lock(folder)
+            for split, digest in fingerprint.items():
+                if args.data[split] != digest:
+                    raise data.DataError(f'--resume {folder}: the utterances for {split} are no '
+                                         'longer those of the run; bring them back, or start a '
+                                         'new run')
+            for part in folder.glob('unfinished.*'):
+                part.unlink()
+        return folder
+    if task.rank:
+        return Path()
+    try:
+        folder = make_folder(args.run_dir)
+        args.run_dir = str(folder)
+        config = vars(args) | asdict(task.network.config)
+        config |= {'plateaus': task.lines, 'valid_plateaus': task.valid_lines, 'data': fingerprint}
+        save_text(json.dumps(config, indent=1) + '\n', folder / 'config.json')
     except OSError as error:
-        raise data.DataError(f'--run_dir {folder}: cannot be made ({error.strerror}); name another '
-                             'folder') from None
+        raise data.DataError(f'--run_dir {args.run_dir or "runs/"}: cannot be made '
+                             f'({error.strerror}); name another folder') from None
     return folder
 
 
 @dataclass
 class RunState:
-    """What an epoch hands on to the next, and to the end."""
+    """What an epoch hands on to the next, and to the end; with the learner's, all of state.pt."""
     epoch: int = 0
     train_seconds: float = 0.0
-    best: dict | None = None                            # error rates of the best epoch
-    kept: str = 'last.pt'                               # the checkpoint to use
-    shown: list[Sentence] = field(default_factory=list)  # of the best epoch
+    records: list[dict] = field(default_factory=list)    # of log.jsonl
+    last: dict | None = None                             # a checkpoint
+    best: dict | None = None                             # that of the lowest validation WER
+    sentences: list[tuple] = field(default_factory=list)  # of the best epoch's validation
+
+    @property
+    def kept(self) -> str:
+        """The checkpoint to use: with validation the best one."""
+        return 'best.pt' if self.best else 'last.pt'
 
 
-def save_epoch(folder: Path, task: Task, state: RunState, record: dict,
-               evaluation: Evaluation | None) -> None:
-    """Add an epoch to the log, and keep its weights: as last.pt, and as best.pt where it is."""
-    with open(folder / 'log.jsonl', 'a') as log:
-        print(json.dumps(record), file=log)
-    rates = evaluation.rates if evaluation else None
-    run = {'epoch': state.epoch, 'valid': rates, 'test': None, 'hours': task.hours,
+def make_checkpoint(task: Task, epoch: int, rates: dict | None) -> dict:
+    """What model.load_checkpoint reads; rates: of validation."""
+    run = {'epoch': epoch, 'valid': rates, 'test': None, 'hours': task.hours,
            'utterances': len(task.splits.train),
            'train_data': task.args.train_data or 'the built-in corpus'}
-    torch.save({'config': asdict(task.network.config), 'alphabet': task.alphabet,
-                'model': task.network.state_dict(), 'run': run}, folder / 'last.pt')
-    if evaluation is None:
-        return
-    if state.best is None or (rates['wer'], rates['cer']) <= (state.best['wer'], state.best['cer']):
-        state.best, state.kept, state.shown = rates, 'best.pt', evaluation.sentences  # equal: later
-        shutil.copy(folder / 'last.pt', folder / 'best.pt')
+    weights = {name: tensor.detach().cpu().clone()
+               for name, tensor in task.network.state_dict().items()}
+    return {'format': model.FORMAT, 'config': asdict(task.network.config),
+            'alphabet': task.alphabet, 'model': weights, 'run': run}
 
 
-# ---- a run ---------------------------------------------------------------------------------------
-
-def distribute(task: Task) -> nn.Module:
-    """The network as it is trained: by several processes, they average their gradients."""
-    if task.ranks == 1:
-        return task.network
-    trained = nn.parallel.DistributedDataParallel(task.network, broadcast_buffers=False)
-    torch.manual_seed(task.args.seed + task.rank)  # each has dropout of its own
-    return trained
+def save_plain_files(folder: Path, state: RunState) -> None:
+    """Write what follows from the state: the log and the checkpoints. Raises OSError."""
+    lines = [json.dumps(record, allow_nan=False) + '\n' for record in state.records]
+    save_text(''.join(lines), folder / 'log.jsonl')
+    save(state.last, folder / 'last.pt')
+    if state.best and state.best['run']['epoch'] == state.epoch:
+        save(state.best, folder / 'best.pt')
 
 
-def epoch_batches(task: Task, speech: data.Speech, epoch: int) -> Iterable[data.Batch]:
-    """The batches of an epoch, counted from 1."""
-    batches = []
-    for number in range((epoch - 1) * task.passes, epoch * task.passes):
-        batches += data.training_batches(speech, task.args.batch_size, number, task.rank,
-                                         task.ranks)
-    return data.loader(speech, batches, task.args.workers)
+# ---- learning ------------------------------------------------------------------------------------
+
+class Learner:
+    """All that changes while a network learns, and what watches it."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        self.network = task.network
+        self.trained = task.network  # what is called in training
+        if task.ranks > 1:           # several processes average their gradients
+            self.trained = nn.parallel.DistributedDataParallel(task.network,
+                                                               broadcast_buffers=False)
+            torch.manual_seed(task.args.seed + task.rank)  # each has dropout of its own
+        self.speech = task.train_speech()
+        self.updates = task.updates * task.args.epochs
+        self.optimizer, self.schedule = make_optimizer(task.network, task.args, self.updates)
+        self.gradients = monitor.Gradients(task.network, PARTS)
+        targets = [data.encode(u.text, task.alphabet) for u in task.splits.train]
+        self.outputs = monitor.Outputs(len(task.alphabet), monitor.letter_entropy(targets))
+
+    def batches(self, epoch: int) -> Iterable[data.Batch]:
+        """Those of an epoch, counted from 1: they depend on the seed and the epoch alone."""
+        task = self.task
+        batches = []
+        for number in range((epoch - 1) * task.passes, epoch * task.passes):
+            batches += data.training_batches(self.speech, task.args.batch_size, number, task.rank,
+                                             task.ranks)
+        return data.loader(self.speech, batches, task.args.workers)
+
+    def train(self, epoch: int) -> dict:
+        """One epoch -> its record of the log. Raises DataError."""
+        start = time.time()
+        before = (epoch - 1) * self.task.updates
+        learning_rate = self.schedule.get_last_lr()[0]
+
+        def progress(update, loss):
+            monitor.show_progress(before + update, self.updates, loss,
+                                  (time.time() - start) / update)
+
+        try:
+            loss = train_epoch(self.trained, self.batches(epoch), self.optimizer, self.schedule,
+                               self.gradients, self.outputs, self.task.args, progress)
+        except Diverged as error:
+            names = ' '.join(self.speech.utterances[i].path.name for i in error.indices)
+            raise data.DataError(f'training diverged in epoch {epoch}: {error}; lower '
+                                 f'--learning_rate, or look at {names}') from None
+        record = {'epoch': epoch, 'train_loss': loss,
+                  'train_way': monitor.plateau_fraction(loss, self.task.lines),
+                  'learning_rate': learning_rate, 'train_seconds': time.time() - start}
+        record |= self.gradients.summary() | self.outputs.summary()
+        if self.network.gate is not None:
+            record['gate'] = self.network.gate.abs().mean().item()
+        return record
+
+    def state(self) -> dict:
+        """All of it, for state.pt; the random numbers are those of every process."""
+        random_states = [torch.get_rng_state()]
+        if self.task.ranks > 1:
+            random_states = [None] * self.task.ranks
+            torch.distributed.all_gather_object(random_states, torch.get_rng_state())
+        return {'model': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
+                'schedule': self.schedule.state_dict(), 'random': random_states}
+
+    def restore(self, state: dict) -> None:
+        """Go on from what state() gave."""
+        self.network.load_state_dict(state['model'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.schedule.load_state_dict(state['schedule'])
+        torch.set_rng_state(state['random'][self.task.rank])
+
+
+def load_state(folder: Path, learner: Learner) -> RunState:
+    """Bring a run back to the end of its last whole epoch, or to its start. Raises DataError."""
+    path = folder / 'state.pt'
+    if not path.exists():
+        return RunState()
+    try:
+        content = torch.load(path, weights_only=True, map_location='cpu')
+        learner.restore(content['learner'])
+        state = RunState(**content['run'])
+    except Exception as error:  # whatever a damaged file may raise
+        raise data.DataError(f'{path}: cannot be resumed from ({type(error).__name__}); start a '
+                             f'new run with --init_from {folder}/last.pt') from None
+    if learner.task.rank == 0:
+        save_plain_files(folder, state)
+    return state
+
+
+def validate(task: Task, record: dict) -> Evaluation | None:
+    """Score the validation data, if any, and add what it says to the record. Raises DataError."""
+    evaluation = None
+    if task.splits.valid:
+        evaluation = task.evaluate(task.splits.valid)
+        if not math.isfinite(evaluation.loss):
+            raise data.DataError(f'training diverged: the validation loss is {evaluation.loss}; '
+                                 'lower --learning_rate')
+        record |= {'valid_loss': evaluation.loss,
+                   'valid_way': monitor.plateau_fraction(evaluation.loss, task.valid_lines),
+                   'wer': evaluation.rates['wer'], 'cer': evaluation.rates['cer']}
+    record['warnings'] = monitor.diagnose(record)
+    return evaluation
+
+
+def finished(task: Task, state: RunState) -> bool:
+    """Whether all epochs are done, or --overfit has nothing left to learn."""
+    by_heart = task.args.overfit and state.last and state.last['run']['valid']['cer'] == 0
+    return state.epoch == task.args.epochs or bool(by_heart)
 
 
 def fit(task: Task, folder: Path) -> RunState:
-    """Train epoch by epoch, validate, record, save, report. Raises DataError."""
-    args = task.args
-    trained = distribute(task)
-    speech = task.train_speech()
-    optimizer, schedule = make_optimizer(task.network, args, task.updates * args.epochs)
-    gradients = monitor.Gradients(task.network, PARTS)
-    targets = [data.encode(u.text, task.alphabet) for u in task.splits.train]
-    outputs = monitor.Outputs(len(task.alphabet), monitor.letter_entropy(targets))
-    state = RunState()
-    for state.epoch in range(1, args.epochs + 1):
-        start = time.time()
-        learning_rate = schedule.get_last_lr()[0]
-        train_loss = train_epoch(trained, epoch_batches(task, speech, state.epoch), optimizer,
-                                 schedule, gradients, outputs, args)
-        state.train_seconds += time.time() - start
+    """Train epoch by epoch, validate, record, save, report. Raises DataError, OSError."""
+    learner = Learner(task)
+    state = load_state(folder, learner) if task.args.resume else RunState()
+    while not finished(task, state):
+        state.epoch += 1
+        record = learner.train(state.epoch)
+        learner_state = learner.state()
+        state.train_seconds += record['train_seconds']
+        record['train_seconds'] = state.train_seconds
         if task.rank:
+            state.last = {'run': {'valid': None}}
             continue  # the first process validates, prints and writes
-        record = {'epoch': state.epoch, 'train_loss': train_loss,
-                  'train_way': monitor.plateau_fraction(train_loss, task.lines),
-                  'learning_rate': learning_rate, 'train_seconds': state.train_seconds,
-                  **gradients.summary(), **outputs.summary()}
-        evaluation = sentence = None
-        if task.splits.valid:
-            evaluation = task.evaluate(task.splits.valid)
-            record |= {'valid_loss': evaluation.loss,
-                       'valid_way': monitor.plateau_fraction(evaluation.loss, task.valid_lines),
-                       'wer': evaluation.rates['wer'], 'cer': evaluation.rates['cer']}
+        evaluation = validate(task, record)
+        rates = evaluation.rates if evaluation else None
+        state.records.append(record)
+        state.last = make_checkpoint(task, state.epoch, rates)
+        if evaluation and (state.best is None or better(rates, state.best['run']['valid'])):
+            state.best = state.last
+            state.sentences = [tuple(sentence) for sentence in evaluation.sentences]
+        save({'learner': learner_state, 'run': vars(state)}, folder / 'state.pt')
+        save_plain_files(folder, state)
+        sentence = None
+        if evaluation:
             sentence = evaluation.sentences[state.epoch % len(evaluation.sentences)][1:]
-        record['warnings'] = monitor.diagnose(record)
-        save_epoch(folder, task, state, record, evaluation)
         monitor.print_epoch(record, sentence)
-        if args.overfit and evaluation.rates['cer'] == 0:
-            break
     return state
+
+
+def better(rates: dict, best: dict) -> bool:
+    """Whether an epoch's error rates are at least as good as the best so far: equal, the later
+    one."""
+    return (rates['wer'], rates['cer']) <= (best['wer'], best['cer'])
+
+
+# ---- the end of a run ----------------------------------------------------------------------------
+
+def save_sentences(path: Path, utterances: Sequence[data.Utterance],
+                   sentences: Sequence[Sentence]) -> None:
+    """Write what was said and heard, a tab-separated line for each utterance. Raises OSError."""
+    lines = ['file\tsaid\theard\n']
+    for sentence in sentences:
+        lines.append(f'{utterances[sentence.index].path.name}\t{sentence.said}\t{sentence.heard}\n')
+    save_text(''.join(lines), path)
 
 
 def score_test(task: Task, folder: Path, state: RunState) -> Evaluation:
     """Score the test data with the checkpoint that was kept, and note it there."""
-    checkpoint = torch.load(folder / state.kept, weights_only=True)
+    checkpoint = state.best or state.last
     task.network.load_state_dict(checkpoint['model'])
     evaluation = task.evaluate(task.splits.test)
     checkpoint['run']['test'] = evaluation.rates
-    torch.save(checkpoint, folder / state.kept)
+    save(checkpoint, folder / state.kept)
+    save_sentences(folder / 'test.tsv', task.splits.test, evaluation.sentences)
     return evaluation
 
 
@@ -528,57 +878,65 @@ def print_scores(split: str, rates: dict) -> None:
     edits = f'{rates["substitutions"]} S, {rates["insertions"]} I, {rates["deletions"]} D'
     print(f'{split}: WER {rates["wer"]:.2f} % ({edits} in {rates["words"]} words of '
           f'{rates["utterances"]} utterances; 95 %: {low:.1f} to {high:.1f}), '
-          f'CER {rates["cer"]:.2f} %')
+          f'CER {rates["cer"]:.2f} %, sentences with errors {rates["ser"]:.1f} %')
 
 
 def print_verdict(task: Task, state: RunState) -> None:
     """Print whether --overfit has learnt its utterances. Raises DataError where not."""
+    cer = state.best['run']['valid']['cer']
     updates = task.updates * state.epoch
     utterances = len(task.splits.train)
-    if state.best['cer']:
+    if cer:
         raise data.DataError(f'NOT LEARNT: {utterances} utterances, {updates} updates, '
-                             f'CER {state.best["cer"]:.1f}; read the warnings above. Are audio and '
-                             'text of the same utterance?')
+                             f'CER {cer:.1f}; read the warnings above. Are audio and text of the '
+                             'same utterance?')
     print(f'learnt: {utterances} utterances by heart after {updates} updates; data, loss and '
           'network agree')
 
 
-def leave_example(folder: Path, kept: str, utterances: Sequence[data.Utterance],
-                  sentences: Sequence[Sentence]) -> None:
-    """Write clip.wav, the longest clip that comes out right if any, and print how to transcribe
-    it."""
+def save_example(path: Path, utterances: Sequence[data.Utterance],
+                 sentences: Sequence[Sentence]) -> str:
+    """Write the longest clip that comes out right, if any does -> its text. Raises OSError."""
     right = [utterances[s.index] for s in sentences if s.said == s.heard]
     u = max(right, key=lambda u: len(u.text), default=utterances[0])
-    soundfile.write(folder / 'clip.wav', data.read_wave(u.path).numpy(), data.SAMPLE_RATE)
-    command = [sys.orig_argv[0], os.path.relpath(model.__file__), folder / kept,
-               folder / 'clip.wav']
-    print(f'results in {folder}; to transcribe a clip ("{u.text}"):\n   ',
-          shlex.join(map(str, command)))
+    with data.whole_file(path) as file:
+        soundfile.write(file, data.read_wave(u.path).numpy(), data.SAMPLE_RATE)
+    return u.text
 
 
 def finish(task: Task, folder: Path, state: RunState) -> dict:
-    """Score, write results.json, report -> its contents. Raises DataError."""
+    """Score, write results.json, report -> its contents. Raises DataError, OSError."""
     splits = task.splits
     parameters = sum(parameter.numel() for parameter in task.network.parameters())
-    results = {'valid': state.best, 'test': None, 'updates': task.updates * state.epoch,
-               'train_seconds': state.train_seconds, 'parameters': parameters,
-               'seed': task.args.seed}
-    sentences = state.shown
+    results = {'valid': state.best['run']['valid'] if state.best else None, 'test': None,
+               'updates': task.updates * state.epoch, 'train_seconds': state.train_seconds,
+               'parameters': parameters, 'seed': task.args.seed}
+    sentences = [Sentence(*sentence) for sentence in state.sentences]
+    if splits.valid:
+        save_sentences(folder / 'valid.tsv', splits.valid, sentences)
     if splits.test:
         test = score_test(task, folder, state)
         results['test'], sentences = test.rates, test.sentences
-    (folder / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+    clip = save_example(folder / 'clip.wav', splits.test or splits.valid or splits.train, sentences)
+    # This file says that the run is finished, so it comes last.
+    save_text(json.dumps(results, indent=1, allow_nan=False) + '\n', folder / 'results.json')
+    (folder / 'state.pt').unlink(missing_ok=True)
     for split in 'valid', 'test':
         if results[split]:
             print_scores(split, results[split])
     if task.args.overfit:
         print_verdict(task, state)
-    leave_example(folder, state.kept, splits.test or splits.valid or splits.train, sentences)
+    command = [sys.orig_argv[0], os.path.relpath(model.__file__), folder / state.kept,
+               folder / 'clip.wav']
+    print(f'results in {folder}; to transcribe a clip ("{clip}"):\n   ',
+          shlex.join(map(str, command)))
     return results
 
 
+# ---- a run ---------------------------------------------------------------------------------------
+
 def run(args: argparse.Namespace, rank: int = 0, ranks: int = 1) -> dict | None:
-    """Train and score as the flags say -> the contents of results.json. Raises DataError.
+    """Train and score as the flags say -> the contents of results.json. Raises DataError, OSError.
 
     Of several processes, each trains on its share of every batch; the first (rank 0) validates,
     prints and writes.
@@ -587,16 +945,78 @@ def run(args: argparse.Namespace, rank: int = 0, ranks: int = 1) -> dict | None:
     # slower: without this, an update takes 2.5 times as long once the outputs are sharp.
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
-    task = prepare(args, rank, ranks)
+    if args.evaluate:
+        return evaluate_checkpoint(args)
+    if args.resume and (Path(args.resume) / 'results.json').exists():
+        print(f'{args.resume} is finished: nothing is left to do')
+        return None
+    try:
+        task = prepare(args, rank, ranks)
+    except data.DataError:
+        if rank:
+            wait_for_first()  # which meets the same error, and says it
+        raise
     parameters = sum(parameter.numel() for parameter in task.network.parameters())
     print(f'{len(task.splits.train)} utterances, {task.hours:.2f} hours, '
           f'{len(task.alphabet)} symbols, {parameters:,} parameters')
     if args.benchmark:
         return benchmark(task.network, task.train_speech(), args)
-    print(monitor.legend(task.lines))
+    describe_task(task)
     folder = open_run(task)
     state = fit(task, folder)
     return None if rank else finish(task, folder, state)
+
+
+def wait_for_first() -> None:
+    """In another process than the first: wait until that one has ended, and end in silence."""
+    with contextlib.suppress(RuntimeError):
+        torch.distributed.barrier()
+    sys.exit(1)
+
+
+def describe_task(task: Task) -> None:
+    """Print what is known before training: undone fixes, plateaus, outputs for each label."""
+    undone = undone_fixes(task.args.undo, task.args.only)
+    if undone:
+        print('without', ', '.join(f'{name} ({FIXES[name].setting} {FIXES[name].before})'
+                                   for name in undone))
+    print(monitor.legend(task.lines))
+    frames = sum(u.frames for u in task.splits.train)
+    labels = sum(len(u.text) for u in task.splits.train)
+    frames_per_output = task.args.frames_per_output
+    outputs = frames / frames_per_output / labels
+    advice = ''
+    if outputs < 2 and frames_per_output > 1:
+        advice = f'; that is fast speech, so try --frames_per_output {frames_per_output // 2}'
+    print(f'{outputs:.1f} outputs a label{advice}')
+
+
+def evaluate_checkpoint(args: argparse.Namespace) -> dict:
+    """Score a checkpoint on --test_data -> the contents of results.json. Raises DataError,
+    OSError."""
+    if not args.test_data:
+        raise data.DataError('flags: --evaluate needs --test_data, the corpus to score on')
+    check_device(args)
+    try:
+        network, alphabet, run = model.load_checkpoint(args.evaluate)
+    except model.CheckpointError as error:
+        raise data.DataError(f'--evaluate {error}') from None
+    utterances, faults = data.read_corpus(args.test_data, 'test')
+    faults |= data.check_recordings(utterances, {})
+    if faults and not args.skip_bad:
+        count = f'{len(faults)} broken; --skip_bad scores without them'
+        raise data.DataError('\n'.join([*faults.values(), count]))
+    utterances = [u for u in utterances if u.where not in faults]
+    folder = make_folder(args.run_dir)
+    evaluation = evaluate(network.to(args.device), data.Speech(utterances, alphabet), args.device,
+                          args.workers)
+    results = {'valid': None, 'test': evaluation.rates, 'checkpoint': args.evaluate,
+               'test_data': args.test_data, 'train_data': run['train_data']}
+    save_sentences(folder / 'test.tsv', utterances, evaluation.sentences)
+    save_text(json.dumps(results, indent=1) + '\n', folder / 'results.json')
+    print_scores('test', evaluation.rates)
+    print(f'what was said and heard: {folder / "test.tsv"}')
+    return results
 
 
 # ---- speed ---------------------------------------------------------------------------------------
@@ -622,8 +1042,7 @@ def benchmark(network: model.Recogniser, speech: data.Speech, args: argparse.Nam
         return data.loader(speech, batches, args.workers)
 
     def train(batches):
-        train_epoch(network, batches, optimizer, schedule, gradients, outputs, args,
-                    progress=lambda *_: None)
+        train_epoch(network, batches, optimizer, schedule, gradients, outputs, args)
 
     @torch.no_grad()
     def transcribe(batch_size):
@@ -664,21 +1083,49 @@ def benchmark(network: model.Recogniser, speech: data.Speech, args: argparse.Nam
 
 # ---- python train.py -----------------------------------------------------------------------------
 
+def stop(signal_number: int, frame: object) -> None:
+    """SIGTERM ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def how_to_go_on(args: argparse.Namespace | None) -> str:
+    """The command that resumes what the flags began."""
+    folder = args and (args.resume or args.run_dir)
+    if folder and (Path(folder) / 'config.json').exists():
+        return f'to go on: python train.py --resume {folder}'
+    return 'nothing was begun'
+
+
 def main(argv: Sequence[str] | None = None) -> dict | None:
-    args = parse_flags(argv)
+    args = None
     rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # torchrun
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
+        args = parse_flags(argv)
         if ranks > 1:
             torch.distributed.init_process_group('gloo' if args.device == 'cpu' else 'nccl')
             if args.device != 'cpu':
                 args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
         with contextlib.redirect_stdout(open(os.devnull, 'w') if rank else sys.stdout):
-            return run(args, rank, ranks)
+            results = run(args, rank, ranks)
+            sys.stdout.flush()
+            return results
     except KeyboardInterrupt:
-        sys.exit('train.py: stopped; epochs that were finished, if any, are in the run folder')
+        sys.exit(1 if rank else f'train.py: stopped; {how_to_go_on(args)}')
     except data.DataError as error:
         # From a loader process the error comes with that process's traceback before it.
         sys.exit('train.py: ' + str(error).rpartition('data.DataError: ')[2].strip())
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # nobody reads on, and Python would say so twice
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f'train.py: {error}; mend that, then {how_to_go_on(args)}')
+    except RuntimeError as error:
+        if ranks == 1:
+            raise
+        sys.exit(f'train.py: another process of this run has ended ({str(error).splitlines()[0]}); '
+                 f'{how_to_go_on(args)}')
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == '__main__':
