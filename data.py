@@ -15,6 +15,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import csv
+import io
 import json
 import math
 import multiprocessing
@@ -89,23 +90,39 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            error.filename = str(path)
         raise
+
+
+def save_wave(wave: np.ndarray, path: str | Path) -> None:
+    """Write a wave (S,) at 16 kHz in the format of the path's suffix. Raises OSError,
+    ValueError."""
+    buffer = io.BytesIO()
+    buffer.name = Path(path).name  # tells soundfile the format
+    soundfile.write(buffer, wave, SAMPLE_RATE)
+    with whole_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def show_status(text: str = '') -> None:
+    """A live line on a terminal, and nothing elsewhere; '' clears it."""
+    if sys.stderr.isatty():
+        print(f'\r{text}\x1b[K', end='', file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable, total: int, what: str) -> Iterator:
     """Pass the items on, and show on a terminal how many of them are done."""
-    shown = start = time.monotonic()
-    for done, item in enumerate(items):
+    shown = time.monotonic()
+    for done, item in enumerate(items, 1):
         yield item
-        now = time.monotonic()
-        if sys.stderr.isatty() and now - shown > 0.5 and now - start > 1:
-            shown = now
-            print(f'\r{what} {done + 1}/{total}\x1b[K', end='', file=sys.stderr, flush=True)
-    if shown > start:
-        print('\r\x1b[K', end='', file=sys.stderr, flush=True)
+        if time.monotonic() - shown > 0.5:
+            shown = time.monotonic()
+            show_status(f'{what} {done}/{total}')
+    show_status()
 
 
 # ---- audio and features --------------------------------------------------------------------------
@@ -138,7 +155,7 @@ def read_audio(path: str | Path) -> tuple[Tensor, int]:
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         reason = error if Path(path).is_file() else 'no such file'
         raise DataError(f'{path}: cannot be read as audio ({reason}); '
-                        'mend, convert or remove it') from None
+                        'repair, convert or remove it') from None
     if not len(wave):
         raise DataError(f'{path}: holds no samples; remove it')
     if not np.abs(wave).max() < 1e6:  # also where one is no number
@@ -234,7 +251,11 @@ def features(wave: Tensor) -> Features:
     s of that stand where the clip has less. Each mel band is brought to mean 0 over the speech,
     which removes the microphone, and all bands together to deviation 1: band by band, those that
     hold mostly noise would become loud.
+
+    Raises ValueError for a wave without samples.
     """
+    if not len(wave):
+        raise ValueError('a wave without samples has no features; give a longer one')
     mels = repair_clicks(log_mels(wave))
     power = moving_median(mels.logsumexp(1))
     is_speech = power >= voice_level(power) - QUIET
@@ -306,10 +327,14 @@ def outputs_needed(symbols: Sequence[int]) -> int:
 
 def unlearnable(utterances: Iterable[Utterance], alphabet: Sequence[str],
                 frames_per_output: int) -> list[Utterance]:
-    """The utterances that last too short for CTC to say their text."""
+    """The utterances that last too short for CTC to say their text.
+
+    The silence that features() puts round a clip does not count.
+    """
     found = []
     for u in utterances:
-        outputs = math.ceil(u.frames / frames_per_output)
+        frames = min(u.frames, math.ceil(u.duration / FRAME_SECONDS))
+        outputs = math.ceil(frames / frames_per_output)
         if outputs < outputs_needed(encode(u.text, alphabet)):
             found.append(u)
     return found
@@ -652,8 +677,8 @@ def check_recordings(utterances: Sequence[Utterance], problems: dict) -> dict[st
     return faults
 
 
-def read_splits(train: str, valid: str | None = None, test: str | None = None, seed: int = 0,
-                frames_per_output: int = 4, check_up_to: float = math.inf) -> Splits:
+def read_splits(train: str, valid: str | None, test: str | None, seed: int,
+                frames_per_output: int, check_up_to: float = math.inf) -> Splits:
     """The corpora for training, validation (None: held out from training; 'none') and test.
 
     If there are at most check_up_to utterances, every file is decoded, and its true duration taken.
@@ -672,7 +697,7 @@ def read_splits(train: str, valid: str | None = None, test: str | None = None, s
         faults |= check_recordings(everything, problems)
     for u in unlearnable(sides['train'], make_alphabet(sides['train']), frames_per_output):
         faults.setdefault(u.where, f'{u.where}: {u.path} has fewer outputs than labels and '
-                                   'repeats; mend or remove it, or lower --frames_per_output')
+                                   'repeats; correct or remove it, or lower --frames_per_output')
     for split, side in sides.items():
         sides[split] = [u for u in side if u.where not in faults]
     choice = ''
@@ -684,7 +709,10 @@ def read_splits(train: str, valid: str | None = None, test: str | None = None, s
 # ---- inspection ----------------------------------------------------------------------------------
 
 def recording_problems(wave: Tensor, rate: int) -> Iterator[str]:
-    """What is wrong with a recording (S,) that can be read, in words."""
+    """What is wrong with a recording (S,) that can be read, in words.
+
+    Training and transcription bear with silence and clicks; they are worth a look all the same.
+    """
     size = wave.abs()
     if rate < SAMPLE_RATE:
         yield (f'sampled at {rate} Hz: of the band up to 8000 Hz, all above {rate // 2} Hz '
@@ -696,6 +724,11 @@ def recording_problems(wave: Tensor, rate: int) -> Iterator[str]:
     three_in_a_row = at_peak[2:] & at_peak[1:-1] & at_peak[:-2]
     if three_in_a_row.sum() >= 5:
         yield 'clipped, the peaks are flat'
+    if (wave == 0).float().mean() > 0.2:
+        yield 'digital silence for more than a fifth of it'
+    mels = log_mels(resample(wave, rate, SAMPLE_RATE))
+    if not torch.equal(repair_clicks(mels), mels):
+        yield 'a click or a bang far louder than the voice'
 
 
 def describe_corpus(train: Sequence[Utterance], valid: Sequence[Utterance], alphabet: Sequence[str],
@@ -1024,19 +1057,18 @@ def builtin_corpus(folder: str | Path = 'corpus') -> dict[str, str]:
 def inspect_corpus(path: str, valid_data: str | None) -> None:
     """Print what a corpus holds, and what is wrong with it. Raises DataError where training
     would."""
+    import model
     import monitor
-    splits = read_splits(path, valid_data)
-    problems = splits.problems
+    frames_per_output = model.Config(vocab_size=1).frames_per_output
+    splits = read_splits(path, valid_data, None, seed=0, frames_per_output=frames_per_output)
     if splits.train:
         alphabet = make_alphabet(splits.train)
         targets = [encode(u.text, alphabet) for u in splits.train]
-        outputs = torch.tensor([math.ceil(u.frames / 4) for u in splits.train])
+        outputs = torch.tensor([math.ceil(u.frames / frames_per_output) for u in splits.train])
         describe_corpus(splits.train, splits.valid, alphabet,
                         monitor.plateau_lines(targets, outputs, len(alphabet)))
-        for u in unlearnable(splits.train, alphabet, 8):
-            problems['too short before upsampling by --blocks 11'].append(u.path.name)
     print(splits.choice)
-    for problem, names in problems.items():
+    for problem, names in splits.problems.items():
         print(f'{len(names)} files {problem}: {" ".join(names)}')
     if splits.faults or not splits.train or not (splits.valid or valid_data):
         summary = f'{len(splits.faults)} faults, {len(splits.train)} utterances left for training'
@@ -1056,8 +1088,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.say is not None:
             wave, spans = synthesise(normalise_text(args.say), args.speaker)
-            with whole_file(args.path) as file:
-                soundfile.write(file, wave, SAMPLE_RATE)
+            save_wave(wave, args.path)
             for word, start, end in spans:
                 print(f'{start:6.2f} {end:6.2f}  {word}')
         elif Path(args.path).suffix.lower() in SUFFIXES:
@@ -1066,7 +1097,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                   *recording_problems(wave, rate), sep='\n')
         else:
             inspect_corpus(args.path, args.valid_data)
-    except (DataError, soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
+    except (soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
+        sys.exit(f'data.py: {args.path}: {error}; give another path')
+    except DataError as error:
         sys.exit(f'data.py: {error}')
 
 

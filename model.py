@@ -13,22 +13,23 @@ output is read.
                                       then early + gate * deep, the gate learnt and small at first
     BiLSTM x 2   (B, T', 512)
     head         (B, T', V)           linear, then log_softmax in float32; symbol 0 is CTC's blank
- A *frame* is 10 ms of mels, an *output* what the network says for frames_per_output of them, a
-*label* one character of the transcript. Every padded tensor travels with its lengths, and whatever
-looks along time looks at valid frames only: in eval mode a clip alone and the same clip in a padded
-batch give the same output. (In training, batch norm's statistics include the padding, of which
-batches of nearly equal lengths have little.)
+
+A *frame* is 10 ms of mels, an *output* what the network says for frames_per_output of them, a *label*
+one character of the transcript. Every padded tensor travels with its lengths, and whatever looks
+along time looks at valid frames only: in eval mode a clip alone and the same clip in a padded batch
+give the same output. (In training, batch norm's statistics include the padding, of which batches of
+nearly equal lengths have little.)
 
 From Python:
 
     network, alphabet, _ = model.load_checkpoint('runs/.../best.pt')
     wave = data.read_wave('clip.wav')
     print(model.transcribe(network, alphabet, wave).text)
- References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks; section 6.4: two
- paths,
-added); Touvron et al. 2021, "Going deeper with image transformers" (LayerScale: the gate); Graves
-et al. 2006, "Connectionist Temporal Classification"; Jozefowicz et al. 2015 (forget bias 1); Glorot
-& Bengio 2010 (Xavier initialisation); He et al. 2015.
+
+References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks; section 6.4: two
+paths, added); Touvron et al. 2021, "Going deeper with image transformers" (LayerScale: the gate);
+Graves et al. 2006, "Connectionist Temporal Classification"; Jozefowicz et al. 2015 (forget bias 1);
+Glorot & Bengio 2010 (Xavier initialisation); He et al. 2015 (of the convolutions).
 """
 import argparse
 import os
@@ -101,6 +102,9 @@ class Config:
             raise ValueError(f'blocks is 2 to {len(BLOCKS)}')
         if not 0 <= self.dropout < 1:
             raise ValueError('dropout is 0 to less than 1')
+        for name in 'vocab_size', 'n_mels', 'projection', 'hidden', 'layers':
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is 1 or more')
         if self.deep_path not in ('gated', 'alone'):
             raise ValueError('deep_path is gated or alone')
         if self.upsample not in ('interpolate', 'transpose'):
@@ -579,13 +583,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.clips:
         print(describe_checkpoint(network, alphabet, run))
     failed = False
-    for clip in args.clips:
+    for number, clip in enumerate(args.clips, 1):
+        data.show_status(f'transcribing {number}/{len(args.clips)}: {clip}')
         try:
             transcript = transcribe(network, alphabet, data.read_wave(clip))
         except data.DataError as error:
+            data.show_status()
             print(f'model.py: {error}', file=sys.stderr)
             failed = True
             continue
+        data.show_status()
         print(f'{clip}: {transcript.text}' if len(args.clips) > 1 else transcript.text)
         if args.times:
             for word in transcript.words:

@@ -12,7 +12,8 @@ A stuck CTC model sits on one of two lines, both known before training, in nats 
 
 Nothing here needs the other modules: Gradients, Outputs, plateau_lines and error_rates serve any
 CTC model whose blank is symbol 0.
- References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani & Ney 2004
+
+References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani & Ney 2004
 (bootstrap).
 """
 import argparse
@@ -81,10 +82,12 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict:
     """Word, character and sentence error rates in per cent, with counts and the WER's interval.
 
     (S + I + D) / reference length; errors are pooled over all utterances. A sentence is wrong if a
-    word of it is.
+    word of it is. Raises ValueError where there is no word to score.
     """
     edits = [edit_counts(r.split(), h.split()) for r, h in zip(references, hypotheses)]
     words = [len(r.split()) for r in references]
+    if not any(words):
+        raise ValueError('no words to score; give references that have some')
     characters = sum(len(r) for r in references)
     errors = sum(e.cost for e in edits)
     character_errors = sum(edit_counts(r, h).cost for r, h in zip(references, hypotheses))
@@ -112,7 +115,7 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
     (letter shares that are free gain less than 2 % more). Up to 500 utterances count, those that
     have labels and outputs enough; nan where none has.
     """
-    step = math.ceil(len(targets) / 500)
+    step = max(1, math.ceil(len(targets) / 500))
     targets, lengths = targets[::step], lengths[::step]
     letters = Counter(symbol for target in targets for symbol in target)
     frequency = torch.tensor([letters[symbol] for symbol in range(vocab_size)], dtype=torch.float64)
@@ -183,7 +186,7 @@ class Gradients:
 
         False where the norm is not finite: the update must be left out.
         """
-        norms = {part: nn.utils.get_total_norm([p.grad for p in group])
+        norms = {part: nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
                  for part, group in self.groups.items()}
         total = torch.stack(list(norms.values())).norm()
         self.updates += 1
@@ -414,7 +417,7 @@ class Run(NamedTuple):
     torn: bool                            # whether the log's last line was cut off
     split: str                            # 'test' or 'valid', whichever was scored last
     rates: dict                           # error rates on it
-    sentences: dict[str, tuple[str, str]]  # on it, {file: (said, heard)}
+    sentences: list[list[str]]            # on it: [file, said, heard]
 
 
 def read_log(path: Path) -> tuple[list[dict], bool]:
@@ -431,13 +434,9 @@ def read_log(path: Path) -> tuple[list[dict], bool]:
     return log, False
 
 
-def read_sentences(path: Path) -> dict[str, tuple[str, str]]:
-    """A valid.tsv or test.tsv, {file: (said, heard)}."""
-    sentences = {}
-    for line in path.read_text().splitlines()[1:]:
-        file, said, heard = line.split('\t')
-        sentences[file] = (said, heard)
-    return sentences
+def read_sentences(path: Path) -> list[list[str]]:
+    """A valid.tsv or test.tsv, [file, said, heard] by utterance."""
+    return [line.split('\t') for line in path.read_text().splitlines()[1:]]
 
 
 def read_run(folder: str | Path) -> Run:
@@ -455,7 +454,7 @@ def read_run(folder: str | Path) -> Run:
             raise RunError(f'{folder}: holds neither log.jsonl nor results.json of train.py; '
                            'name a run folder')
         split = 'test' if results.get('test') else 'valid'
-        sentences = {}
+        sentences = []
         if results.get(split):
             sentences = read_sentences(folder / f'{split}.tsv')
         settings = {key: value for key, value in config.items() if key not in NO_SETTINGS}
@@ -520,18 +519,16 @@ def paired_bootstrap(one: Run, two: Run) -> tuple[float, list[float]]:
 
     10,000 samples of the utterances that both scored, the same for both (Bisani & Ney 2004).
     """
-    files = sorted(one.sentences)
-    words = torch.tensor([len(one.sentences[file][0].split()) for file in files])
-    more = []
-    for file in files:
-        errors = [edit_counts(said.split(), heard.split()).cost
-                  for said, heard in (one.sentences[file], two.sentences[file])]
-        more.append(errors[1] - errors[0])
-    more = torch.tensor(more)
+    words = torch.tensor([len(said.split()) for _, said, _ in one.sentences])
+    errors = []
+    for run in one, two:
+        errors.append(torch.tensor([edit_counts(said.split(), heard.split()).cost
+                                    for _, said, heard in run.sentences]))
+    more = errors[1] - errors[0]
     generator = torch.Generator().manual_seed(0)
     samples = []
     for _ in range(10_000):
-        draw = torch.randint(len(files), (len(files),), generator=generator)
+        draw = torch.randint(len(words), (len(words),), generator=generator)
         samples.append(100 * more[draw].sum() / words[draw].sum())
     interval = torch.stack(samples).quantile(torch.tensor([0.025, 0.975])).tolist()
     return (100 * more.sum() / words.sum()).item(), interval
@@ -551,7 +548,7 @@ def print_comparison(runs: Sequence[Run]) -> None:
     print_spread(runs)
     if len(runs) == 2 and runs[0].sentences:
         one, two = runs
-        said = [{file: said for file, (said, _) in run.sentences.items()} for run in runs]
+        said = [[sentence[:2] for sentence in run.sentences] for run in runs]
         if said[0] == said[1]:
             more, (low, high) = paired_bootstrap(one, two)
             verdict = 'no difference that this test can show'

@@ -1,6 +1,13 @@
-"""What must never break again. `pytest` runs it; with AN4_DIR set to a folder that holds AN4's manifests, on real
-recordings too. Each test holds the code against something independent: arithmetic, brute force, a second way."""
-import argparse
+"""What must never break again.
+
+    python -m pytest -q                     all but the slow ones, about a minute on two cores
+    SLOW=1 python -m pytest -q              the slow ones too: speed, the built-in corpus, scale
+    AN4_DIR=folder python -m pytest -q      real recordings too: a folder with AN4's manifests
+
+Each test holds the code against something independent: arithmetic, brute force, a second way. The
+sections follow the modules: model, data, monitor, train; real recordings come last.
+"""
+import contextlib
 import functools
 import itertools
 import json
@@ -9,12 +16,14 @@ import os
 import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -28,91 +37,245 @@ import model
 import monitor
 import train
 
-FULL = {'blocks': 11}  # all of MobileNetV3-Small, with the early path
-AN4 = os.environ.get('AN4_DIR')
-slow = pytest.mark.skipif('SLOW' not in os.environ, reason='slow: set SLOW=1')
-NO_DATA = ['--train_data=none', '--valid_data=none']
+# Networks: FAST, the first blocks alone; LITERAL, the original's fixed one; BEFORE its fixes.
+FAST = {'blocks': 3, 'frames_per_output': 4}
+LITERAL = {'frames_per_output': 1, 'deep_path': 'alone'}
+BEFORE = LITERAL | {'upsample': 'transpose', 'squeeze_excite': True, 'output_init': 'normal',
+                    'weight_init': 0.01, 'forget_bias': False}
+# Flags of a small network, where its size is not the point.
+SMALL = ['--blocks=3', '--frames_per_output=4', '--hidden=16']
 FIRST_RUN = ['--epochs=3', '--batch_size=2', '--learning_rate=1e-4']
 
+AN4 = os.environ.get('AN4_DIR')
+needs_an4 = pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
+slow = pytest.mark.skipif('SLOW' not in os.environ, reason='slow: set SLOW=1')
 
-def recogniser(preset='fixed', vocab_size=6, **config):
+
+# ---- helpers and fixtures ------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in a test alone and among others."""
     torch.manual_seed(0)
-    return model.Recogniser(model.Config(vocab_size, **model.PRESETS[preset] | config))
+
+
+def make_network(vocab_size=6, **config):
+    """A recogniser with the weights of seed 0."""
+    torch.manual_seed(0)
+    return model.Recogniser(model.Config(vocab_size, **config))
+
+
+def make_utterances(texts, duration=1.0):
+    """Utterances of these texts, whose files do not exist."""
+    return [data.Utterance(Path(f'{i}.wav'), data.normalise_text(text), duration, '', '')
+            for i, text in enumerate(texts)]
 
 
 def tones(text, rng):
-    """A toy language: each letter is 90 ms of a square wave of its own pitch, a space is silence; a little noise."""
+    """A toy language -> wave (S,) at 16 kHz.
+
+    Each letter is 90 ms of a square wave of its own pitch, a space is silence; a little noise.
+    """
     t = np.arange(1440) / 16000
-    pieces = [np.hanning(1440) * np.sign(np.sin(2 * np.pi * 150 * 1.35 ** (ord(c) - 97) * t)) if c != ' '
-              else np.zeros(1440) for c in f' {text} ']
-    return 0.3 * np.concatenate(pieces) + 0.002 * rng.standard_normal(1440 * len(pieces))
-
-
-def write_corpus(folder, texts, seed=0):
-    """Tones as wav files and a manifest -> the manifest's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    with open(folder / 'manifest.jsonl', 'w') as manifest:
-        for i, text in enumerate(texts):
-            soundfile.write(folder / f'{i}.wav', tones(text, rng), 16000)
-            print(json.dumps({'audio_filepath': f'{i}.wav', 'text': text}), file=manifest)
-    return folder / 'manifest.jsonl'
+    pieces = []
+    for letter in f' {text} ':
+        if letter == ' ':
+            pieces.append(np.zeros(1440))
+            continue
+        pitch = 150 * 1.35 ** (ord(letter) - ord('a'))
+        pieces.append(np.hanning(1440) * np.sign(np.sin(2 * np.pi * pitch * t)))
+    wave = np.concatenate(pieces)
+    return 0.3 * wave + 0.002 * rng.standard_normal(len(wave))
 
 
 def random_texts(n, seed):
     """Two to three words of two to four letters, no letter twice in a row."""
     rng = random.Random(seed)
-    return [' '.join(''.join(rng.sample('abcdefgh', rng.randint(2, 4))) for _ in range(rng.randint(2, 3)))
-            for _ in range(n)]
+    texts = []
+    for _ in range(n):
+        words = [rng.sample('abcdefgh', rng.randint(2, 4)) for _ in range(rng.randint(2, 3))]
+        texts.append(' '.join(''.join(letters) for letters in words))
+    return texts
+
+
+def json_row(audio, text, **fields):
+    """A line of a manifest."""
+    return json.dumps({'audio_filepath': audio, 'text': text, **fields})
+
+
+def write_corpus(folder, texts):
+    """Write tones as wav files and a manifest -> the manifest's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i, text in enumerate(texts):
+        soundfile.write(folder / f'{i}.wav', tones(text, rng), 16000)
+        rows.append(json_row(f'{i}.wav', text))
+    manifest = folder / 'manifest.jsonl'
+    manifest.write_text('\n'.join(rows) + '\n')
+    return manifest
+
+
+def read_utterances(path):
+    """The utterances of a corpus without faults."""
+    utterances, faults = data.read_corpus(path)
+    assert not faults
+    return utterances
+
+
+def read_log(folder):
+    """The records of a run's epochs."""
+    return [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def train_run(folder, *flags):
+    """python train.py ... --run_dir folder -> the results."""
+    return train.main([*flags, '--run_dir', str(folder)])
+
+
+def exit_code(main, *argv):
+    """What a module's main, which must end in sys.exit, hands to it: a message or a status."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in argv])
+    return stop.value.code
+
+
+class Corpus(NamedTuple):
+    """Manifests for training and validation."""
+    train: str
+    valid: str
+
+    @property
+    def flags(self):
+        return ['--train_data', self.train, '--valid_data', self.valid]
 
 
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory):
+    """Twenty utterances of tones for training, six for validation."""
     folder = tmp_path_factory.mktemp('tones')
-    return ['--train_data', str(write_corpus(folder / 'train', random_texts(20, 1))),
-            '--valid_data', str(write_corpus(folder / 'valid', random_texts(6, 2)))]
+    return Corpus(train=str(write_corpus(folder / 'train', random_texts(20, 1))),
+                  valid=str(write_corpus(folder / 'valid', random_texts(6, 2))))
+
+
+class Run(NamedTuple):
+    """A finished run."""
+    folder: Path
+    results: dict
+    log: list
 
 
 @pytest.fixture(scope='session')
 def first_run(corpus, tmp_path_factory):
-    """The real train.main: twenty samples, three epochs. Only thirty updates, so the peak of the learning rate comes
-    after three: at the default's, losses that climb again for a while would say little."""
+    """The real train.main: twenty samples, three epochs.
+
+    Only thirty updates, so the peak of the learning rate comes after three: at the default's,
+    losses that climb again for a while would say little.
+    """
     folder = tmp_path_factory.mktemp('runs') / 'first'
-    results = train.main([*corpus, *FIRST_RUN, '--run_dir', str(folder)])
-    return folder, results, [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    results = train_run(folder, *corpus.flags, *FIRST_RUN)
+    return Run(folder, results, read_log(folder))
 
 
-# ---- 1. temporal alignment ----------------------------------------------------------------------------------------
+class ByHeart(NamedTuple):
+    """A run that learnt two sentences of the synthesiser, and the wave of the first."""
+    folder: Path
+    checkpoint: Path
+    text: str
+    wave: torch.Tensor
 
-@pytest.mark.parametrize('f', [1, 2, 4])
+
+@pytest.fixture(scope='session')
+def by_heart(tmp_path_factory):
+    """The real train.main --overfit 2."""
+    folder = tmp_path_factory.mktemp('heart')
+    texts = ['seven two nine', 'light go']
+    rows = []
+    for i, text in enumerate(texts):
+        soundfile.write(folder / f'{i}.wav', data.synthesise(text, i)[0], 16000)
+        rows.append(json_row(f'{i}.wav', text))
+    manifest = folder / 'm.jsonl'
+    manifest.write_text('\n'.join(rows))
+    run = folder / 'run'
+    train_run(run, '--train_data', str(manifest), '--valid_data=none', '--overfit=2',
+              '--batch_size=2', '--blocks=4')
+    wave, _ = data.synthesise(texts[0], 0)
+    return ByHeart(run, run / 'best.pt', texts[0], torch.tensor(wave))
+
+
+# ---- model: settings -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('config,complaint', [
+    ({'frames_per_output': 0}, 'frames_per_output is 1, 2 or 4'),
+    ({'frames_per_output': 3}, 'frames_per_output is 1, 2 or 4'),
+    ({'frames_per_output': 8}, 'frames_per_output is 1, 2 or 4'),
+    ({'blocks': 1}, 'blocks is 2 to 11'),
+    ({'blocks': 12}, 'blocks is 2 to 11'),
+    ({'dropout': -0.1}, 'dropout is 0 to less than 1'),
+    ({'dropout': 1.0}, 'dropout is 0 to less than 1'),
+    ({'deep_path': 'both'}, 'deep_path is gated or alone'),
+    ({'upsample': 'repeat'}, 'upsample is interpolate or transpose'),
+    ({'output_init': 'zero'}, 'output_init is xavier or normal'),
+])
+def test_config_rejects_what_is_out_of_range(config, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        model.Config(vocab_size=6, **config)
+
+
+# ---- model: alignment and lengths ----------------------------------------------------------------
+
+NARROW = {'n_mels': 16, 'projection': 16, 'hidden': 8}  # bands say nothing about time
+
+
+def zeros(frames, clips=1):
+    """Mels of NARROW's bands, all zero."""
+    return torch.zeros(clips, 1, frames, NARROW['n_mels'])
+
+
+@pytest.mark.parametrize('frames_per_output', [1, 2, 4])
 @torch.no_grad()
-def test_output_length_is_exact(f):
-    """ceil(T / f) outputs for every T from 1 to 300, alone and in a batch."""
-    network = recogniser(frames_per_output=f, hidden=8, **FULL).eval()
+def test_output_length_is_exact(frames_per_output):
+    """ceil(T / frames_per_output) outputs for every T from 1 to 300, alone and in a batch."""
+    network = make_network(frames_per_output=frames_per_output, **NARROW).eval()
     lengths = torch.arange(1, 301)
-    promised = [math.ceil(t / f) for t in range(1, 301)]
+    promised = [math.ceil(t / frames_per_output) for t in range(1, 301)]
     assert network.output_lengths(lengths).tolist() == promised
     for chunk in lengths.split(50):
-        log_probs, n = network(torch.zeros(50, 1, int(chunk[-1]), 80), chunk)
-        assert n.tolist() == promised[chunk[0] - 1:chunk[-1]] and log_probs.shape[1] == n[-1]
-    for t in range(1, 301):
-        assert network.features(torch.zeros(1, 1, t, 80), torch.tensor([t])).shape[1] == promised[t - 1]
+        log_probs, n = network(zeros(int(chunk[-1]), clips=50), chunk)
+        assert n.tolist() == promised[chunk[0] - 1:chunk[-1]]
+        assert log_probs.shape[1] == n[-1]
+    for t, outputs in enumerate(promised, 1):
+        features = network.features(zeros(t), torch.tensor([t]))
+        assert features.shape[1] == outputs
 
 
+@pytest.mark.parametrize('deep_path,grid', [('alone', 8), ('gated', 4)])
 @torch.no_grad()
-def test_transposed_convolution_has_the_wrong_length():
-    network = recogniser('before', hidden=8).eval()
+def test_transposed_convolution_has_the_wrong_length(deep_path, grid):
+    """Whole frames of the path that gives fewest: too many outputs for most clips."""
+    network = make_network(**NARROW, upsample='transpose', frames_per_output=1,
+                           deep_path=deep_path).eval()
     for t in range(1, 41):
-        n = network(torch.zeros(1, 1, t, 80), torch.tensor([t]))[0].shape[1]
-        assert n == network.output_lengths(torch.tensor(t)) == 8 * math.ceil(t / 8)
-        assert (n == t) == (t % 8 == 0)
+        log_probs, _ = network(zeros(t), torch.tensor([t]))
+        outputs = log_probs.shape[1]
+        assert outputs == grid * math.ceil(t / grid)
+        assert outputs == network.output_lengths(torch.tensor(t))
+        assert (outputs == t) == (t % grid == 0)
 
 
 def linearise(network):
-    """Kernels of equal weights, batch norm as identity, no activations: what remains is where the network looks."""
+    """Kernels of equal weights, batch norm as identity, no activations.
+
+    What remains is where the network looks.
+    """
     for module in list(network.modules()):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.constant_(module.weight, 1 / module.weight[0].numel())  # ones would overflow after 11 blocks
+            weights = module.weight[0].numel()
+            nn.init.constant_(module.weight, 1 / weights)  # ones would overflow after 11 blocks
         if isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
         for name, child in module.named_children():
@@ -121,386 +284,716 @@ def linearise(network):
     return network.eval()
 
 
-@pytest.mark.parametrize('f', [1, 2, 4])
-@pytest.mark.parametrize('config', [{}, FULL, FULL | {'early_path': False}])
+@pytest.mark.parametrize('frames_per_output', [1, 2, 4])
+@pytest.mark.parametrize('config', [{}, {'blocks': 3}, {'deep_path': 'alone'}])
 @torch.no_grad()
-def test_outputs_are_centred_on_their_input(f, config):
-    """A click at mel frame t changes the features around t: the centre of mass of the change, over 64 positions,
-    lies within half an output frame. A stride-8 grid meets clicks of different phase with different weights, so that
-    single positions scatter by up to 0.38 frames around it; at f = 2 and 4 each one stays within half an output."""
-    network = linearise(recogniser(frames_per_output=f, **config))
+def test_outputs_are_centred_on_their_input(frames_per_output, config):
+    """A click at mel frame t changes the features around t.
+
+    The centre of mass of the change, over 64 positions, lies within half an output frame. A
+    stride-8 grid meets clicks of different phase with different weights, so that single positions
+    scatter by up to 0.38 frames around it; at 2 and 4 frames an output each one stays within half
+    an output.
+    """
+    network = linearise(make_network(frames_per_output=frames_per_output, **NARROW, **config))
     clicks = torch.arange(160, 224)
-    mels = torch.zeros(64, 1, 384, 80)
+    mels = zeros(384, clips=64)
     mels[range(64), 0, clicks] = 1
-    change = network.features(mels, torch.full((64,), 384)).double().abs().sum(2)  # silence gives zero
-    centre = torch.arange(change.shape[1]) * f + (f - 1) / 2  # of the mel frames that each output stands for
-    error = (change * centre).sum(1) / change.sum(1) - clicks
-    assert error.mean().abs() <= f / 2 + 1e-3
-    assert error.abs().max() <= max(f / 2, 0.5 + 0.38)
+    features = network.features(mels, torch.full((64,), 384))  # of silence they would be zero
+    change = features.double().abs().sum(2)
+    # The middle of the mel frames that each output stands for.
+    middles = torch.arange(change.shape[1]) * frames_per_output + (frames_per_output - 1) / 2
+    error = (change * middles).sum(1) / change.sum(1) - clicks
+    assert error.mean().abs() <= frames_per_output / 2 + 1e-3
+    assert error.abs().max() <= max(frames_per_output / 2, 0.5 + 0.38)
 
 
-# ---- 2. two-sample overfit ----------------------------------------------------------------------------------------
+# ---- model: initialisation -----------------------------------------------------------------------
 
-def test_two_samples_are_learnt():
-    """First loss on the uniform line, no loss below zero, final loss near zero, words right in eval mode."""
-    start, rng = time.time(), np.random.default_rng(0)
-    texts = ['bad cab', 'face a head']
-    alphabet = data.make_alphabet([data.Utterance(None, text, 0, '', '') for text in texts])
-    mels, lengths, targets, target_lengths, _ = train.collate(
-        [(data.normalise(data.log_mels(torch.tensor(tones(text, rng), dtype=torch.float32))),
-          torch.tensor(data.encode(text, alphabet)), i) for i, text in enumerate(texts)])
-    network = recogniser(vocab_size=len(alphabet))
-    uniform, _ = monitor.plateau_lines([data.encode(t, alphabet) for t in texts], network.output_lengths(lengths),
-                                       len(alphabet))
-    updates = 100
-    optimizer, schedule = train.make_optimizer(network, train.parse_flags(NO_DATA), updates)
-    gradients, losses = monitor.Gradients(network), []
-    for _ in range(updates):
-        log_probs, n = network(mels, lengths)
-        loss = F.ctc_loss(log_probs.transpose(0, 1), targets, n, target_lengths)
-        optimizer.zero_grad()
-        loss.backward()
-        gradients.clip(5.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    network.eval()
-    with torch.no_grad():
-        log_probs, n = network(mels, lengths)
-    heard = [data.decode(symbols, alphabet) for symbols in model.greedy_decode(log_probs, n)]
-    assert abs(losses[0] / uniform - 1) < 0.15, (losses[0], uniform)
-    assert min(losses) > -1e-4
-    assert F.ctc_loss(log_probs.transpose(0, 1), targets, n, target_lengths) < 0.05 and losses[-1] < 0.05
-    assert monitor.error_rates(texts, heard)['wer'] == 0
-    assert time.time() - start < 20
-
-
-# ---- 3. twenty samples, three epochs ------------------------------------------------------------------------------
-
-def test_loss_falls_every_epoch(first_run, corpus):
-    """As fractions of the way from the uniform line (0) to the constant one (1, which is not yet learning)."""
-    _, _, log = first_run
-    valid = data.read_corpus(corpus[3])[0]
-    untrained = recogniser(vocab_size=10)
-    speech = data.Speech(valid, data.make_alphabet(data.read_corpus(corpus[1])[0]))
-    loss, _, _ = train.evaluate(untrained, speech, argparse.Namespace(workers=0, device='cpu'))
-    began = monitor.way(loss, train.plateau(valid, speech.alphabet, untrained))
-    ways = [record['train_way'] for record in log]
-    print(f'of the way from uniform to constant output: training {ways}, validation {began} to {log[-1]["valid_way"]}')
-    assert 0 < ways[0] < ways[1] < ways[2]
-    assert log[-1]['valid_way'] > began + 0.2
-
-
-# ---- 4. initialisation, optimiser, schedule -----------------------------------------------------------------------
-
-def test_initialisation_by_role():
-    network = recogniser(vocab_size=28, zero_init_residual=True, **FULL)
-    head, bound = network.head, math.sqrt(6 / (512 + 28))  # Glorot & Bengio 2010, equation 16
-    assert 0.95 * bound < head.weight.abs().max() <= bound
+def test_the_head_is_xavier():
+    """Glorot & Bengio 2010, equation 16."""
+    head = make_network(vocab_size=28).head
+    bound = math.sqrt(6 / (512 + 28))
+    assert head.weight.abs().max() <= bound
+    assert head.weight.abs().max() > 0.95 * bound
     assert head.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     assert not head.bias.any()
-    for linear in (network.projection, network.early):
-        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05) and not linear.bias.any()
-    for layer in network.recurrent:
-        for lstm in (layer.ahead, layer.back):
-            assert (lstm.bias_ih_l0 + lstm.bias_hh_l0).tolist() == [0.0] * 256 + [1.0] * 256 + [0.0] * 512
-            for recurrent, inputs in zip(lstm.weight_hh_l0.chunk(4), lstm.weight_ih_l0.chunk(4)):
-                assert torch.allclose(recurrent @ recurrent.T, torch.eye(256), atol=1e-5)
-                assert inputs.abs().max() <= math.sqrt(6 / (256 + inputs.shape[1]))
-    stem = network.stem[0].weight  # He: variance 2 / fan_out
-    assert stem.std().item() == pytest.approx(math.sqrt(2 / (16 * 9)), rel=0.2)
-    for block in network.blocks:
-        assert block.residual == (not block.project[1].weight.any())
-    assert sum(block.residual for block in network.blocks) == 6
+
+
+@pytest.mark.parametrize('name', ['deep.projection', 'early.projection'])
+def test_projections_have_a_deviation_of_two_per_cent(name):
+    linear = make_network().get_submodule(name)
+    assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not linear.bias.any()
+
+
+@pytest.mark.parametrize('layer', [0, 1])
+@pytest.mark.parametrize('direction', ['forward_lstm', 'backward_lstm'])
+def test_lstms_are_orthogonal_and_begin_by_remembering(layer, direction):
+    lstm = make_network().recurrent[layer].get_submodule(direction)
+    biases = lstm.bias_ih_l0 + lstm.bias_hh_l0
+    assert biases.tolist() == [0.0] * 256 + [1.0] * 256 + [0.0] * 512  # the second: forget gate
+    for gate in lstm.weight_hh_l0.chunk(4):
+        assert torch.allclose(gate @ gate.T, torch.eye(256), atol=1e-5)
+    for gate in lstm.weight_ih_l0.chunk(4):
+        assert gate.abs().max() <= math.sqrt(6 / (256 + gate.shape[1]))
+
+
+def test_the_stem_is_he():
+    """He et al. 2015: a variance of 2 / fan_out."""
+    weight = make_network().stem[0].weight
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (16 * 9)), rel=0.2)
+
+
+@torch.no_grad()
+def test_the_gate_lets_a_tenth_of_the_deep_path_pass():
+    """Without the gate, what is left is the early path; doubled, the deep path's share doubles."""
+    network = make_network(**NARROW).eval()
+    mels, lengths = torch.randn(1, 1, 40, 16), torch.tensor([40])
+    both = network.features(mels, lengths)
+    network.gate.mul_(2)
+    doubled = network.features(mels, lengths)
+    network.gate.zero_()
+    early = network.features(mels, lengths)
+    assert torch.allclose(doubled - early, 2 * (both - early), atol=1e-6)
+    assert not torch.equal(both, early)
+    assert make_network(**NARROW).gate.tolist() == pytest.approx([0.1] * 16)
+
+
+@pytest.mark.parametrize('name', ['head', 'deep.projection'])
+def test_linear_layers_before_the_fixes_were_small(name):
+    linear = make_network(vocab_size=28, **BEFORE).get_submodule(name)
+    assert linear.weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_lstms_before_the_fixes_were_as_pytorch_makes_them():
+    """Uniform within 1 / sqrt(hidden), the biases too."""
+    lstm = make_network(**BEFORE).recurrent[0].forward_lstm
+    largest = lstm.bias_ih_l0[256:512].abs().max()
+    assert largest <= 1 / 16
+    assert largest > 0.9 / 16
 
 
 def test_running_statistics_serve_short_runs():
     """Plain average of the first ten batches, then momentum 0.1, written out."""
-    norm, seen, expected = model.BatchNorm(1), [], None
+    norm = model.BatchNorm(1)
+    means = []
+    expected = 0.0
     for step in range(20):
         x = torch.randn(4, 1, 5, 5) + step
         norm(x)
-        seen.append(x.mean().item())
-        expected = np.mean(seen) if step < 10 else 0.9 * expected + 0.1 * seen[-1]
+        means.append(x.mean().item())
+        expected = np.mean(means) if step < 10 else 0.9 * expected + 0.1 * means[-1]
         assert norm.running_mean.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_initialisation_before_the_fixes():
-    network = recogniser('before', vocab_size=28)
-    for linear in (network.head, network.projection):
-        assert linear.weight.std().item() == pytest.approx(0.01, rel=0.05)
-    lstm = network.recurrent[0].ahead  # PyTorch's own: uniform within 1 / sqrt(hidden), biases too
-    assert 0.9 / 16 < lstm.bias_ih_l0[256:512].abs().max() <= 1 / 16
+# ---- model: padding and masks --------------------------------------------------------------------
 
-
-def test_optimiser_and_schedule():
-    args = train.parse_flags(NO_DATA)
-    optimizer, schedule = train.make_optimizer(nn.Linear(2, 2), args, 200)
-    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults['weight_decay'] == 1e-5
-    rates = []
-    for _ in range(200):
-        rates.append(optimizer.param_groups[0]['lr'])
-        optimizer.step()
-        schedule.step()
-    assert max(rates) == pytest.approx(3e-3) and rates.index(max(rates)) == 19  # the 20th of 200: 10 %
-    half_way_down = (19 + 199) / 2  # a cosine is half way at half time
-    assert rates[int(half_way_down)] == pytest.approx(1.5e-3, rel=1e-3) and rates[-1] < 1e-7
-    for updates in range(1, 30):
-        train.make_optimizer(nn.Linear(2, 2), args, updates)
-
-
-def test_gradients_are_clipped_and_counted():
-    network = recogniser(hidden=8)
-    gradients = monitor.Gradients(network)
-    for size in (100.0, 1e-3, float('nan')):
-        for p in network.parameters():
-            p.grad = torch.full_like(p, size)
-        before = math.sqrt(sum(p.grad.double().square().sum().item() for p in network.parameters()))
-        assert gradients.clip(5.0) == (not math.isnan(size))
-        after = math.sqrt(sum(p.grad.double().square().sum().item() for p in network.parameters()))
-        if not math.isnan(size):
-            assert after == pytest.approx(min(before, 5.0), rel=1e-3)
-    report = gradients.report()
-    assert report['nonfinite'] == 1 and report['clipped'] == pytest.approx(1 / 3)
-    parts = math.sqrt(sum(report[f'grad_{part}'] ** 2 for part in ('backbone', 'recurrent', 'head')))
-    assert parts == pytest.approx(report['grad_norm'], rel=1e-3)
-
-
-# ---- padding invariance -------------------------------------------------------------------------------------------
-
-CONFIGS = [('fixed', {}), ('fixed', FULL), ('literal', {}), ('before', {}), ('fixed', FULL | {'squeeze_excite': True}),
-           ('fixed', {'frames_per_output': 1}), ('fixed', FULL | {'frames_per_output': 2}), ('fixed', {'blocks': 6})]
-LOOK_ALONG_TIME = ['mask_time', 'mean_over_time', 'hold_last', 'reverse_time']
+CONFIGS = [
+    {},
+    FAST,
+    LITERAL,
+    BEFORE,
+    {'squeeze_excite': True},
+    {'upsample': 'transpose'},
+    {'frames_per_output': 1},
+    {'frames_per_output': 4},
+    {'blocks': 6},
+]
+LOOK_ALONG_TIME = ['zero_padding', 'mean_over_time', 'hold_last', 'reverse_time']
 
 
 @torch.no_grad()
-def shaken(preset, config):
-    """Batch norm with random weights and the statistics of random input, and a loud head: an untrained,
-    near-uniform network hides leaks."""
-    network = recogniser(preset, **config)
+def shaken_network(config):
+    """A network with random batch norm, its statistics those of random input, a loud head and gate.
+
+    An untrained, near-uniform network hides leaks.
+    """
+    network = make_network(hidden=16, **config)
+    if network.gate is not None:
+        nn.init.uniform_(network.gate, 0.5, 1.5)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
     nn.init.normal_(network.head.weight, 0, 0.5)
-    network(torch.randn(4, 1, 160, 80) + torch.randn(80), torch.full((4,), 160))  # in training mode: sets statistics
+    # In training mode: sets the statistics.
+    network(torch.randn(4, 1, 160, 80) + torch.randn(80), torch.full((4,), 160))
     return network.eval()
 
 
-@torch.no_grad()
-def leak(network):
-    """Largest difference between clips alone and in a batch with a longer one, noise behind their ends."""
+def noise_batch():
+    """Clips of four lengths, noise behind their ends too -> (B, 1, T, 80), (B,)."""
     torch.manual_seed(1)
-    lengths = torch.tensor([160, 77, 122, 33])
-    mels = torch.randn(4, 1, 160, 80)
-    together, n = network(mels, lengths)
-    worst = 0.0
+    return torch.randn(4, 1, 160, 80), torch.tensor([160, 77, 122, 33])
+
+
+@torch.no_grad()
+def outputs_alone(network, mels, lengths):
+    """The log-probabilities (T', V) of each clip of a batch by itself, without padding."""
+    alone = []
     for i, t in enumerate(lengths.tolist()):
-        alone, [m] = network(mels[i:i + 1, :, :t], lengths[i:i + 1])
-        assert m == n[i] == alone.shape[1]
-        worst = max(worst, (alone[0] - together[i, :m]).abs().max().item())
-    return worst
+        log_probs, n = network(mels[i:i + 1, :, :t], lengths[i:i + 1])
+        assert log_probs.shape[1] == n[0]
+        alone.append(log_probs[0])
+    return alone
 
 
-@pytest.mark.parametrize('preset,config', CONFIGS)
-def test_a_clip_alone_equals_itself_in_a_batch(preset, config):
-    assert leak(shaken(preset, config)) < 1e-4
+@torch.no_grad()
+def largest_leak(network, mels, lengths, alone):
+    """The largest difference between clips in a batch and those clips alone."""
+    together, n = network(mels, lengths)
+    differences = []
+    for i, expected in enumerate(alone):
+        assert n[i] == len(expected)
+        differences.append((together[i, :n[i]] - expected).abs().max().item())
+    return max(differences)
 
 
-@pytest.mark.parametrize('preset,config', CONFIGS[:5])
-def test_every_single_mask_is_needed(preset, config, monkeypatch):
-    """Each call, in turn, is told that all clips fill the batch: each time the clip's output must change."""
-    network, calls, skipped = shaken(preset, config), 0, None
+@pytest.mark.parametrize('config', CONFIGS)
+def test_a_clip_alone_equals_itself_in_a_batch(config):
+    network = shaken_network(config)
+    mels, lengths = noise_batch()
+    alone = outputs_alone(network, mels, lengths)
+    assert largest_leak(network, mels, lengths, alone) < 1e-4
 
-    def counted(function, x, lengths, *rest):
-        nonlocal calls
-        calls += 1
-        time_axis = 2 if x.dim() == 4 else 1
-        return function(x, torch.full_like(lengths, x.shape[time_axis]) if calls == skipped else lengths, *rest)
 
+class MaskSkipper:
+    """Stands before the functions that look along time, and deceives one call in a pass.
+
+    That call, counted from 1, is told that all clips fill the batch.
+    """
+
+    def __init__(self):
+        self.calls = 0
+        self.skipped = None
+
+    def wrap(self, function):
+        def wrapped(x, lengths, *rest):
+            self.calls += 1
+            if self.calls == self.skipped:
+                time_axis = 2 if x.dim() == 4 else 1
+                lengths = torch.full_like(lengths, x.shape[time_axis])
+            return function(x, lengths, *rest)
+        return wrapped
+
+
+@pytest.mark.parametrize('config', CONFIGS[:6])
+def test_every_single_mask_is_needed(config, monkeypatch):
+    """Each call, in turn, gets wrong lengths: each time the clips' output must change."""
+    network = shaken_network(config)
+    mels, lengths = noise_batch()
+    alone = outputs_alone(network, mels, lengths)
+    skipper = MaskSkipper()
     for name in LOOK_ALONG_TIME:
-        monkeypatch.setattr(model, name, functools.partial(counted, getattr(model, name)))
-    network(torch.zeros(1, 1, 40, 80), torch.tensor([40]))
-    masks, needless = calls, []
-    for skipped in range(1, masks + 1):  # in leak's first call of the network, the batch
-        calls = 0
-        if leak(network) < 1e-4:
-            needless.append(skipped)
-    assert masks >= 1 + len(network.blocks) + 4 and not needless
+        monkeypatch.setattr(model, name, skipper.wrap(getattr(model, name)))
+    assert largest_leak(network, mels, lengths, alone) < 1e-4
+    masks = skipper.calls
+    assert masks >= 1 + len(network.blocks) + 4  # stem, blocks, two layers' ways there and back
+    for skipped in range(1, masks + 1):
+        skipper.calls = 0
+        skipper.skipped = skipped
+        leak = largest_leak(network, mels, lengths, alone)
+        assert leak >= 1e-4, f'call {skipped} of {masks} is needless'
 
 
-# ---- mels, audio --------------------------------------------------------------------------------------------------
+# ---- model: CTC and decoding ---------------------------------------------------------------------
+
+EXAMPLE = torch.tensor([[0.2, 0.7, 0.1],  # of the comment above model.collapse: P(-), P(a), P(b)
+                        [0.3, 0.2, 0.5],
+                        [0.6, 0.1, 0.3]])
+EXAMPLE_PATHS = {'aab': 0.042, 'abb': 0.105, '-ab': 0.012, 'a-b': 0.063, 'ab-': 0.210}
+TARGETS = [(1,), (1, 2), (1, 1), (2, 1, 2)]
+
+
+def collapse(path):
+    """A path's repeats merged and its blanks dropped, without the code under test."""
+    return tuple(symbol for symbol, _ in itertools.groupby(path) if symbol)
+
+
+def paths_of(target, outputs, vocab_size=3):
+    """All paths that collapse to the target."""
+    return [path for path in itertools.product(range(vocab_size), repeat=outputs)
+            if collapse(path) == target]
+
+
+def likelihood(path, probabilities):
+    """Of one path under probabilities (T', V)."""
+    return math.prod(float(probabilities[t][symbol]) for t, symbol in enumerate(path))
+
+
+def ctc_loss(log_probs, lengths, targets, reduction='mean'):
+    """PyTorch's, of log-probabilities (B, T', V) and targets of one length."""
+    targets = torch.tensor(targets)
+    target_lengths = torch.full((len(targets),), targets.shape[1])
+    return F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths,
+                      reduction=reduction)
+
+
+@pytest.mark.parametrize('path,by_hand', EXAMPLE_PATHS.items())
+def test_paths_of_the_worked_example(path, by_hand):
+    symbols = ['-ab'.index(letter) for letter in path]
+    assert likelihood(symbols, EXAMPLE) == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_the_worked_example_lists_all_paths():
+    paths = {''.join('-ab'[symbol] for symbol in path) for path in paths_of((1, 2), outputs=3)}
+    assert paths == set(EXAMPLE_PATHS)
+
+
+def test_loss_of_the_worked_example():
+    loss = ctc_loss(EXAMPLE.log()[None], torch.tensor([3]), [(1, 2)], reduction='sum')
+    assert sum(EXAMPLE_PATHS.values()) == pytest.approx(0.432)
+    assert loss.item() == pytest.approx(-math.log(0.432), abs=1e-5)
+    assert loss.item() == pytest.approx(0.839, abs=5e-4)
+
+
+@pytest.mark.parametrize('target', TARGETS)
+@torch.no_grad()
+def test_ctc_loss_against_all_paths(target):
+    """The loss of the recogniser's own outputs is minus the log of the sum over all paths."""
+    network = make_network(vocab_size=3, hidden=8, frames_per_output=4).eval()
+    log_probs, n = network(torch.randn(1, 1, 20, 80), torch.tensor([20]))
+    loss = ctc_loss(log_probs, n, [target])
+    paths = paths_of(target, outputs=5)
+    total = sum(likelihood(path, log_probs[0].exp()) for path in paths)
+    assert n.tolist() == [5]
+    assert loss.item() == pytest.approx(-math.log(total) / len(target), abs=1e-4)
+    assert loss > -1e-4
+
+
+def test_the_first_layer_can_be_read_by_itself():
+    """Intermediate CTC: its loss reaches nothing above the first LSTM layer."""
+    network = make_network(hidden=8).eval()
+    mels, lengths = torch.randn(2, 1, 40, 80), torch.tensor([40, 31])
+    layers, n = network(mels, lengths, every_layer=True)
+    log_probs, _ = network(mels, lengths)
+    assert len(layers) == 2
+    assert torch.equal(layers[1], log_probs)
+    ctc_loss(layers[0], n, [(1, 2), (3, 4)]).backward()
+    assert network.stem[0].weight.grad.any()
+    assert network.head.weight.grad.any()
+    assert network.recurrent[0].backward_lstm.weight_ih_l0.grad.any()
+    assert network.recurrent[1].backward_lstm.weight_ih_l0.grad is None
+
+
+def test_collapse_as_its_docstring_says():
+    emissions = model.collapse([0, 1, 1, 0, 1, 2])
+    assert emissions == [(1, 1, 2), (1, 4, 4), (2, 5, 5)]
+    assert [emission.symbol for emission in emissions] == [1, 1, 2]
+
+
+@pytest.mark.parametrize('path', [[], [0], [0, 0], [1], [1, 1]])
+def test_collapse_of_the_shortest_paths(path):
+    assert tuple(emission.symbol for emission in model.collapse(path)) == collapse(path)
+
+
+def test_collapse_against_groupby():
+    rng = random.Random(0)
+    for _ in range(300):
+        path = rng.choices(range(4), k=rng.randint(0, 20))
+        expected = []
+        first = 0
+        for symbol, repeats in itertools.groupby(path):
+            behind = first + len(list(repeats))
+            if symbol:
+                expected.append((symbol, first, behind - 1))
+            first = behind
+        assert model.collapse(path) == expected
+
+
+def test_greedy_decoding_collapses_the_best_path():
+    paths = torch.tensor([[0, 1, 1, 0, 1, 2, 2, 3],
+                          [3, 3, 0, 0, 2, 1, 1, 1]])
+    log_probs = F.one_hot(paths, 4).float().log_softmax(-1)
+    assert model.greedy_decode(log_probs, torch.tensor([8, 5])) == [[1, 1, 2, 3], [3, 2]]
+
+
+# ---- model: word times ---------------------------------------------------------------------------
+
+def test_word_times_of_a_path():
+    """From half an output before a word's first to half an output behind its last."""
+    path = [0, 1, 1, 0, 2, 3, 0, 0, 1, 0, 1, 3, 3, 0]
+    words = model.word_times(path, ['', 'a', 'b', ' '], seconds=0.1)
+    assert [word.text for word in words] == ['ab', 'aa']
+    assert [word.start for word in words] == pytest.approx([0.05, 0.75])
+    assert [word.end for word in words] == pytest.approx([0.45, 1.05])
+
+
+def test_words_are_printed_with_their_times(by_heart, capsys):
+    exit_code(model.main, by_heart.checkpoint, by_heart.folder / 'clip.wav', '--times')
+    text, *lines = capsys.readouterr().out.strip().splitlines()
+    rows = [line.split() for line in lines]
+    assert [word for _, _, word in rows] == text.split()
+    edges = [[float(start), float(end)] for start, end, _ in rows]
+    times = sum(edges, [])
+    assert times == sorted(times)
+    assert times[-1] <= len(by_heart.wave) / 16000 + 0.005  # as printed
+
+
+# ---- model: checkpoints and transcribing ---------------------------------------------------------
+
+@pytest.mark.parametrize('name,rate,channels', [
+    ('a.wav', 44100, 2),
+    ('b.flac', 24000, 1),
+    ('c.mp3', 16000, 1),
+    ('d.ogg', 16000, 1),
+])
+def test_any_file_format_gives_the_same_transcript(name, rate, channels, by_heart, tmp_path,
+                                                   capsys):
+    copy = data.resample(by_heart.wave, 16000, rate).numpy()
+    soundfile.write(tmp_path / name, np.stack([copy] * channels, 1), rate)
+    code = exit_code(model.main, by_heart.checkpoint, tmp_path / name)
+    assert capsys.readouterr().out.strip() == by_heart.text
+    assert code is False
+
+
+def test_narrow_band_is_transcribed(by_heart, tmp_path):
+    narrow = data.resample(by_heart.wave, 16000, 8000)
+    soundfile.write(tmp_path / 'e.wav', narrow.numpy(), 8000)
+    assert exit_code(model.main, by_heart.checkpoint, tmp_path / 'e.wav') is False
+
+
+def test_the_three_lines_from_python_give_what_main_prints(by_heart, capsys):
+    """The lines of model.py's docstring."""
+    clip = by_heart.folder / 'clip.wav'
+    network, alphabet, _ = model.load_checkpoint(by_heart.checkpoint)
+    wave = data.read_wave(clip)
+    text = model.transcribe(network, alphabet, wave).text
+    exit_code(model.main, by_heart.checkpoint, clip)
+    assert text == capsys.readouterr().out.strip()
+    assert text == by_heart.text
+
+
+def test_a_missing_clip_does_not_stop_the_others(by_heart, tmp_path, capsys):
+    clip = by_heart.folder / 'clip.wav'
+    code = exit_code(model.main, by_heart.checkpoint, tmp_path / 'no.wav', clip)
+    captured = capsys.readouterr()
+    assert code
+    assert captured.out.strip().endswith(by_heart.text)
+    assert 'no.wav' in captured.err
+    assert captured.err.count('\n') == 1
+
+
+@pytest.mark.parametrize('part', ['valid: WER 0.00 %', 'm.jsonl', 'parameters'])
+def test_a_checkpoint_describes_itself(part, by_heart, capsys):
+    exit_code(model.main, by_heart.checkpoint)
+    assert part in capsys.readouterr().out
+
+
+def test_another_file_is_no_checkpoint(tmp_path):
+    (tmp_path / 'x.pt').write_text('x')
+    assert 'is no checkpoint' in exit_code(model.main, tmp_path / 'x.pt', 'a.wav')
+
+
+def test_checkpoints_load_and_decode_alike(first_run, corpus):
+    """By PyTorch alone, and not by load_checkpoint."""
+    checkpoint = torch.load(first_run.folder / 'best.pt', weights_only=True)
+    network = model.Recogniser(model.Config(**checkpoint['config']))
+    network.load_state_dict(checkpoint['model'])
+    speech = data.Speech(read_utterances(corpus.valid), checkpoint['alphabet'])
+    evaluation = train.evaluate(network, speech)
+    assert evaluation.rates == first_run.results['valid']
+    assert evaluation.rates == checkpoint['run']['valid']
+    assert [sentence.index for sentence in evaluation.sentences] == list(range(6))
+
+
+# ---- data: features ------------------------------------------------------------------------------
+
+def hertz_to_mel(hertz):
+    """Slaney 1998."""
+    if hertz < 1000:
+        return hertz * 3 / 200
+    return 15 + 27 * math.log(hertz / 1000) / math.log(6.4)
+
+
+def mel_to_hertz(mel):
+    if mel < 15:
+        return mel * 200 / 3
+    return 1000 * 6.4 ** ((mel - 15) / 27)
+
 
 def test_log_mels_equal_a_naive_dft():
-    """Every step again in float64 by its definition: frames, Hann window, DFT as a sum, Slaney's mel scale."""
-    rng = np.random.default_rng(0)
-    wave = rng.standard_normal(2000) * 0.1
+    """Every step again in float64 by its definition.
+
+    Frames, Hann window, DFT as a sum, Slaney's mel scale.
+    """
+    wave = np.random.default_rng(0).standard_normal(2000) * 0.1
     mels = data.log_mels(torch.tensor(wave, dtype=torch.float32))
     assert mels.shape == (math.ceil(2000 / 160), 80)
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
     dft = np.exp(-2j * np.pi * np.outer(np.arange(257), np.arange(400)) / 512)
-
-    def hertz(mel):
-        return mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)
-
-    def mel(f):
-        return f * 3 / 200 if f < 1000 else 15 + 27 * math.log(f / 1000) / math.log(6.4)
-
-    edges = [hertz(mel(8000) * i / 81) for i in range(82)]
+    edges = [mel_to_hertz(hertz_to_mel(8000) * i / 81) for i in range(82)]
     for t, frame in enumerate(mels):
         centre = 160 * t + 80
-        samples = np.array([wave[s] if 0 <= s < 2000 else 0 for s in range(centre - 200, centre + 200)])
+        positions = range(centre - 200, centre + 200)
+        samples = np.array([wave[s] if 0 <= s < 2000 else 0 for s in positions])
         power = np.abs(dft @ (samples * hann)) ** 2
-        for b in range(80):
-            low, peak, high = edges[b:b + 3]
-            energy = sum(p * max(0, min((f - low) / (peak - low), (high - f) / (high - peak)))
-                         for f, p in zip(np.arange(257) * 31.25, power))
-            assert frame[b].item() == pytest.approx(math.log(energy + 1e-6), abs=1e-4)
+        for band in range(80):
+            low, peak, high = edges[band:band + 3]
+            energy = 0
+            for k, p in enumerate(power):
+                hertz = 31.25 * k
+                rising = (hertz - low) / (peak - low)
+                falling = (high - hertz) / (high - peak)
+                energy += p * max(0, min(rising, falling))
+            assert frame[band].item() == pytest.approx(math.log(energy + 1e-10), abs=1e-4)
 
 
-def test_clips_are_normalised_over_their_own_frames():
-    mels = data.log_mels(0.1 * torch.randn(16000))
-    mels[:, 40:] *= 2
-    normal = data.normalise(mels)
-    assert normal.mean(0).abs().max() < 1e-4 and abs(normal.std(correction=0).item() - 1) < 1e-2
-    scales = mels.std(0) / normal.std(0)
-    assert scales.max().item() == pytest.approx(scales.min().item(), rel=1e-4)  # one for all bands
-    assert data.normalise(data.log_mels(torch.zeros(1600))).abs().max() < 1e-2  # digital silence
+def test_speech_is_normalised_over_itself():
+    """Noise is speech from end to end: 0.2 s of silence are put on each side, 20 frames."""
+    wave = 0.1 * torch.randn(16000)
+    mels, start = data.features(wave)
+    speech = mels[20:-20]
+    assert start == -20
+    assert speech.shape == (100, 80)
+    assert speech.mean(0).abs().max() < 1e-3
+    assert speech.std(correction=0).item() == pytest.approx(1, abs=1e-2)
+    scales = data.log_mels(wave).std(0) / speech.std(0)  # one for all bands
+    assert scales.max().item() == pytest.approx(scales.min().item(), rel=1e-2)
 
+
+def test_digital_silence_stays_silent():
+    assert data.features(torch.zeros(1600)).mels.abs().max() < 1e-2
+
+
+def test_features_do_not_depend_on_loudness():
+    wave = torch.tensor(spoken_wave())
+    expected, _ = data.features(wave)
+    for factor in 0.1, 0.5, 3:
+        mels, _ = data.features(factor * wave)
+        assert torch.allclose(mels, expected, atol=1e-3)
+
+
+def spoken_wave():
+    """Some words of the synthesiser, by a voice in a quiet room, in whole frames."""
+    return data.synthesise('seven two nine', 3)[0][:25600]
+
+
+def silence(seconds, level=0.0):
+    """White noise of this level, in full scales."""
+    rng = np.random.default_rng(0)
+    return (level * rng.standard_normal(round(16000 * seconds))).astype(np.float32)
+
+
+@pytest.mark.parametrize('level', [0, 10 ** (-90 / 20), 10 ** (-70 / 20)])
+@pytest.mark.parametrize('before,behind', [(0, 0.4), (0.1, 0.1), (1, 1), (2, 2)])
+def test_silence_round_a_clip_leaves_no_trace(before, behind, level):
+    """Zeros, dither and quiet noise: the same features, which begin where the speech does."""
+    wave = spoken_wave()
+    expected, start = data.features(torch.tensor(wave))
+    padded = np.concatenate([silence(before, level), wave, silence(behind, level)])
+    mels, padded_start = data.features(torch.tensor(padded))
+    assert padded_start == start + round(100 * before)
+    assert mels.shape == expected.shape
+    assert (mels - expected).abs().mean() < 0.005
+
+
+def test_a_gap_of_silence_in_the_midst_moves_the_rest_only():
+    """A second of zeros between the clip and itself again: both as they are alone."""
+    wave = spoken_wave()
+    expected, _ = data.features(torch.tensor(wave))
+    mels, _ = data.features(torch.tensor(np.concatenate([wave, silence(1), wave])))
+    inner = expected[22:-22]
+    assert (mels[22:len(expected) - 22] - inner).abs().max() < 0.05
+    assert (mels[-len(expected) + 22:-22] - inner).abs().max() < 0.05
+
+
+@pytest.mark.parametrize('seconds', [0.2, 0.9])
+def test_a_click_is_drawn_over(seconds):
+    """Ten times as loud as the voice, before or within it: only frames that hold it may change."""
+    wave = np.concatenate([silence(0.5), spoken_wave()])
+    expected, start = data.features(torch.tensor(wave))
+    clicked = wave.copy()
+    clicked[round(16000 * seconds)] += 10 * abs(wave).max()
+    mels, clicked_start = data.features(torch.tensor(clicked))
+    difference = (mels - expected).abs().max(1).values
+    assert clicked_start == start
+    assert (difference > 0.1).sum() <= 5
+    assert mels.max() < expected.max() + 0.5
+
+
+def test_a_click_in_a_clip_without_a_voice_is_borne():
+    wave = torch.zeros(1600)
+    wave[800] = 1.0
+    assert data.features(wave).mels.isfinite().all()
+
+
+# ---- data: audio ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('rate', [8000, 11025, 22050, 44100, 48000])
 def test_resampling_keeps_the_band_and_drops_the_rest(rate, tmp_path):
-    """A 1 kHz tone comes out as itself, 160 samples a cycle later too; what 16 kHz cannot hold disappears."""
+    """A 1 kHz tone comes out as itself; what 16 kHz cannot hold disappears."""
     t = np.arange(rate) / rate
-    stereo = np.stack([0.5 * np.sin(2 * np.pi * 1000 * t), 0.3 * np.sin(2 * np.pi * 1000 * t)], 1)
+    tone = np.sin(2 * np.pi * 1000 * t)
+    stereo = np.stack([0.5 * tone, 0.3 * tone], 1)
     if rate > 20000:
         stereo += 0.5 * np.sin(2 * np.pi * 9000 * t)[:, None]
     soundfile.write(tmp_path / 'tone.flac', stereo, rate, subtype='PCM_24')
-    wave = data.resample(*data.read_audio(tmp_path / 'tone.flac'), data.SAMPLE_RATE).numpy()
+    wave = data.read_wave(tmp_path / 'tone.flac').numpy()
     assert len(wave) == 16000
     expected = 0.4 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000)
     assert np.abs(wave - expected)[500:-500].max() < 2e-3
 
 
-# ---- CTC ----------------------------------------------------------------------------------------------------------
+# ---- data: text ----------------------------------------------------------------------------------
 
-def collapse(path):
-    return tuple(s for s, _ in itertools.groupby(path) if s)
-
-
-@pytest.mark.parametrize('target', [(1,), (1, 2), (1, 1), (2, 1, 2)])
-def test_ctc_loss_against_all_paths(target):
-    """The loss of the recogniser's own outputs is minus the log of the sum over every path that collapses to the
-    target, per label; with the uniform distribution that is the uniform line, in closed form too."""
-    network = recogniser(vocab_size=3, hidden=8).eval()
-    log_probs, n = network(torch.randn(1, 1, 20, 80), torch.tensor([20]))
-    loss = F.ctc_loss(log_probs.transpose(0, 1), torch.tensor([target]), n, torch.tensor([len(target)]))
-    p = log_probs[0].exp().tolist()
-    paths = [path for path in itertools.product(range(3), repeat=5) if collapse(path) == target]
-    total = sum(math.prod(p[t][s] for t, s in enumerate(path)) for path in paths)
-    assert loss.item() == pytest.approx(-math.log(total) / len(target), abs=1e-4)
-    uniform, _ = monitor.plateau_lines([target], torch.tensor([5]), 3)
-    repeats = data.frames_needed(target) - len(target)
-    assert len(paths) == math.comb(5 + len(target) - repeats, 2 * len(target))
-    assert uniform == pytest.approx((5 * math.log(3) - math.log(len(paths))) / len(target), abs=1e-5)
-    assert loss > -1e-4
-
-
-def test_constant_line_is_the_best_constant_output():
-    """Against gradient descent on one distribution for all frames, which is free to leave letter frequencies."""
-    rng = random.Random(0)
-    targets = [[rng.choice([1, 1, 1, 2, 2, 3]) for _ in range(5)] for _ in range(20)]
-    lengths = torch.tensor([rng.randint(10, 30) for _ in targets])
-    uniform, constant = monitor.plateau_lines(targets, lengths, 4)
-    logits = torch.zeros(4, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=0.05)
-    for _ in range(300):
-        log_probs = logits.log_softmax(0).expand(int(lengths.max()), 20, 4)
-        loss = F.ctc_loss(log_probs, torch.tensor(targets), lengths, torch.full((20,), 5))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() <= constant + 1e-4 < uniform and constant == pytest.approx(loss.item(), rel=0.02)
-
-
-def test_the_first_layer_can_be_read_by_itself():
-    """Intermediate CTC: its loss reaches nothing above the first LSTM layer; the last layer's is the output."""
-    network = recogniser(hidden=8).eval()
-    mels, lengths = torch.randn(2, 1, 40, 80), torch.tensor([40, 31])
-    layers, n = network(mels, lengths, every_layer=True)
-    assert len(layers) == 2 and torch.equal(layers[1], network(mels, lengths)[0])
-    F.ctc_loss(layers[0].transpose(0, 1), torch.tensor([[1, 2], [3, 4]]), n, torch.tensor([2, 2])).backward()
-    assert network.stem[0].weight.grad.any() and network.head.weight.grad.any()
-    assert network.recurrent[0].back.weight_ih_l0.grad.any() and network.recurrent[1].back.weight_ih_l0.grad is None
-
-
-def test_greedy_decoding_collapses_the_best_path():
-    paths = torch.tensor([[0, 1, 1, 0, 1, 2, 2, 3], [3, 3, 0, 0, 2, 1, 1, 1]])
-    log_probs = F.one_hot(paths, 4).float().log_softmax(-1)
-    assert model.greedy_decode(log_probs, torch.tensor([8, 5])) == [[1, 1, 2, 3], [3, 2]]
-
-
-# ---- text, manifests, batches -------------------------------------------------------------------------------------
-
-def utterances(texts, seconds=1.0):
-    return [data.Utterance(Path(f'{i}.wav'), data.normalise_text(t), seconds, '', '') for i, t in enumerate(texts)]
+TEXTS = ['Hello  World', 'ÅNGSTRÖM', unicodedata.normalize('NFD', 'naïve'), 'привет мир', '你好',
+         "it's"]
 
 
 def test_alphabet_round_trip_in_any_script():
-    texts = ['Hello  World', 'ÅNGSTRÖM', unicodedata.normalize('NFD', 'naïve'), 'привет мир', '你好', 'it\'s']
-    corpus = utterances(texts)
-    alphabet = data.make_alphabet(corpus)
-    for u in corpus:
+    utterances = make_utterances(TEXTS)
+    alphabet = data.make_alphabet(utterances)
+    for u in utterances:
         symbols = data.encode(u.text, alphabet)
-        assert 0 not in symbols and data.decode(symbols, alphabet) == u.text
-    assert corpus[0].text == 'hello world' and corpus[2].text == 'naïve' and alphabet[0] == ''
-    assert data.encode('zebra', ['', 'a', 'b']) == [2, 1]  # unknown characters have no symbol
+        assert 0 not in symbols
+        assert data.decode(symbols, alphabet) == u.text
+    assert alphabet[0] == ''
 
 
-def test_what_ctc_cannot_learn():
-    short = utterances(['hello', 'abc'], 0.2)  # 20 frames; hello needs 6
-    alphabet = data.make_alphabet(short)
-    assert [len(data.unlearnable(short, alphabet, grid)) for grid in (2, 4, 5, 8, 20)] == [0, 1, 1, 1, 2]
+def test_texts_are_normalised():
+    assert data.normalise_text(TEXTS[0]) == 'hello world'
+    assert data.normalise_text(TEXTS[2]) == 'naïve'
 
 
-def test_every_utterance_once_an_epoch_in_batches_of_like_length():
+def test_unknown_characters_have_no_symbol():
+    assert data.encode('zebra', ['', 'a', 'b']) == [2, 1]
+
+
+@pytest.mark.parametrize('frames_per_output,unlearnable', [
+    (2, 0),
+    (4, 1),
+    (5, 1),
+    (8, 1),
+    (20, 2),
+])
+def test_what_ctc_cannot_learn(frames_per_output, unlearnable):
+    """Of 20 frames; "hello" needs 6 outputs, "abc" 3."""
+    utterances = make_utterances(['hello', 'abc'], duration=0.2)
+    alphabet = data.make_alphabet(utterances)
+    assert len(data.unlearnable(utterances, alphabet, frames_per_output)) == unlearnable
+
+
+# ---- data: batches and augmentation --------------------------------------------------------------
+
+@pytest.fixture
+def durations():
+    """A hundred and one, from 1 to 20 seconds."""
     rng = random.Random(0)
-    corpus = [data.Utterance(Path(f'{i}.wav'), 'a', rng.uniform(1, 20), '', '') for i in range(101)]
-
-    def batches(*share, seed=0):
-        return list(train.training_batches(data.Speech(corpus, [''], seed=seed), 8, 2, *share))
-
-    one, two = batches()[:13], batches()[13:]
-    assert one + two == batches() and [[i for _, i in b] for b in one] != [[i for _, i in b] for b in two]
-    assert all(sorted(batch for b in epoch for batch in b) == [(n, i) for i in range(101)]
-               for n, epoch in enumerate((one, two)))
-    padding = [max(corpus[i].duration for _, i in batch) / min(corpus[i].duration for _, i in batch) for batch in one]
-    assert np.median(padding) < 1.5
-    assert batches(seed=1)[:13] != one
-    # Three processes have the same number of batches, and together what one has; where it is too few, some do twice.
-    shares = [batches(rank, 3) for rank in range(3)]
-    assert all(set(whole) == set(sum(parts, [])) and all(parts) for whole, *parts in zip(one + two, *shares))
+    return [rng.uniform(1, 20) for _ in range(101)]
 
 
-def test_augmentation_depends_on_seed_epoch_and_utterance(corpus):
-    all_of_them = data.read_corpus(corpus[1])[0]
-    alphabet = data.make_alphabet(all_of_them)
+@pytest.fixture
+def batches_of(durations):
+    """A function of an epoch -> its batches of eight of these durations."""
+    utterances = [data.Utterance(Path(f'{i}.wav'), 'a', duration, '', '')
+                  for i, duration in enumerate(durations)]
 
-    def item(epoch, index, of=all_of_them, seed=0, **flags):
-        return data.Speech(of, alphabet, 4, seed, **flags)[epoch, index][0]
+    def batches(epoch, rank=0, ranks=1, seed=0):
+        speech = data.Speech(utterances, [''], seed=seed)
+        return data.training_batches(speech, 8, epoch, rank, ranks)
 
-    for flags in ({'spec_augment': True}, {'speed_perturb': True}):
-        assert torch.equal(item(3, 5, **flags), item(3, 0, all_of_them[5:], **flags))
-        assert not torch.equal(item(3, 5, **flags)[:50], item(4, 5, **flags)[:50])
-        assert not torch.equal(item(3, 5, **flags)[:50], item(3, 5, seed=1, **flags)[:50])
-    plain, lengths = item(3, 5), {len(item(epoch, 5, speed_perturb=True)) for epoch in range(40)}
-    assert min(lengths) == math.ceil(len(plain) / 1.1) and max(lengths) > 1.08 * len(plain)
-    masked = item(3, 5, spec_augment=True)
-    assert 0.4 < (masked == plain).float().mean() < 1 and not masked[masked != plain].any()
+    return batches
 
+
+def indices(batches):
+    return [[i for _, i in batch] for batch in batches]
+
+
+@pytest.mark.parametrize('epoch', [0, 1])
+def test_every_utterance_comes_once_an_epoch(epoch, batches_of):
+    batches = batches_of(epoch)
+    assert len(batches) == 13
+    assert sorted(sum(batches, [])) == [(epoch, i) for i in range(101)]
+
+
+def test_batches_repeat_themselves(batches_of):
+    assert batches_of(0) == batches_of(0)
+
+
+def test_batches_are_others_in_another_epoch(batches_of):
+    assert indices(batches_of(0)) != indices(batches_of(1))
+
+
+def test_batches_are_others_with_another_seed(batches_of):
+    assert batches_of(0, seed=1) != batches_of(0)
+
+
+def test_batches_hold_clips_of_nearly_equal_length(batches_of, durations):
+    ratios = []
+    for batch in indices(batches_of(0)):
+        seconds = [durations[i] for i in batch]
+        ratios.append(max(seconds) / min(seconds))
+    assert np.median(ratios) < 1.5
+
+
+@pytest.mark.parametrize('epoch', [0, 1])
+@pytest.mark.parametrize('ranks', [3, 8])
+def test_processes_share_every_batch(ranks, epoch, batches_of):
+    """They have as many batches as one, none of them empty, and together what one has.
+
+    Where it is too few, as the five utterances of the last batch are for eight processes, some do
+    it twice.
+    """
+    whole = batches_of(epoch)
+    shares = [batches_of(epoch, rank, ranks) for rank in range(ranks)]
+    for share in shares:
+        assert len(share) == len(whole)
+        assert all(share)
+    for i, batch in enumerate(whole):
+        together = sum([share[i] for share in shares], [])
+        assert set(together) == set(batch)
+
+
+@pytest.fixture
+def mels_of(corpus):
+    """A function -> the mels (T, 80) of an utterance of the training data in an epoch.
+
+    first: how many utterances are left out before it.
+    """
+    utterances = read_utterances(corpus.train)
+    alphabet = data.make_alphabet(utterances)
+
+    def mels(epoch, index, first=0, seed=0, **flags):
+        speech = data.Speech(utterances[first:], alphabet, 4, seed, **flags)
+        return speech[epoch, index - first][0]
+
+    return mels
+
+
+@pytest.mark.parametrize('flag', ['spec_augment', 'speed_perturb'])
+def test_augmentation_depends_on_seed_epoch_and_utterance(flag, mels_of):
+    augmented = mels_of(3, 5, **{flag: True})
+    in_a_subset = mels_of(3, 5, first=5, **{flag: True})
+    other_epoch = mels_of(4, 5, **{flag: True})
+    other_seed = mels_of(3, 5, seed=1, **{flag: True})
+    assert torch.equal(augmented, in_a_subset)
+    assert not torch.equal(augmented[:50], other_epoch[:50])
+    assert not torch.equal(augmented[:50], other_seed[:50])
+
+
+def test_speed_perturbation_reaches_ten_per_cent(mels_of):
+    """Of the clip; the 20 frames of silence on each side stay as they are."""
+    frames = len(mels_of(3, 5)) - 40
+    lengths = [len(mels_of(epoch, 5, speed_perturb=True)) - 40 for epoch in range(40)]
+    assert min(lengths) == pytest.approx(frames / 1.1, abs=3)
+    assert max(lengths) == pytest.approx(frames / 0.9, abs=3)
+
+
+def test_masks_are_zero_and_leave_the_rest(mels_of):
+    plain = mels_of(3, 5)
+    masked = mels_of(3, 5, spec_augment=True)
+    kept = (masked == plain).float().mean()
+    assert kept > 0.4
+    assert kept < 1
+    assert not masked[masked != plain].any()
+
+
+# ---- data: corpora -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('line,complaint', [
-    ('{"audio_filepath": "0.wav"}', "manifest.jsonl:2: has '' for its text (or sentence, transcript"),
+    ('{"audio_filepath": "0.wav"}', "manifest.jsonl:2: has '' for its text (or sentence, transcri"),
     ('{"audio_filepath": "no.wav", "text": "a"}', 'no.wav'),
     ('{"audio_filepath": "no.wav", "text": "a", "duration": 1}', 'is no file'),
     ('{"audio_filepath": "0.wav", "text": " "}', "has ' ' for its text"),
@@ -513,553 +1006,1596 @@ def test_augmentation_depends_on_seed_epoch_and_utterance(corpus):
     ('{"audio_filepath": "0.wav", "text": "a", "duration": 5}', 'not 5.00 as its duration says'),
     ('{"audio_filepath": "0.wav", "text": "\\ud800"}', 'surrogates not allowed'),
     ('yes', 'manifest.jsonl:2: is not a line of JSON'),
-    ('{"audio_filepath": "0.wav", "text": "a b c d e f g h a b c d e f g h a b c d e f g h a b c d e f g h"}', '0.wav'),
+    (json_row('0.wav', ' '.join('abcdefgh' * 4)), '0.wav'),
 ])
-def test_bad_data_ends_in_one_line(line, complaint, tmp_path, capsys):
+def test_bad_data_ends_in_one_line(line, complaint, tmp_path):
     manifest = write_corpus(tmp_path / 'c', ['ab'])
     with open(manifest, 'a') as file:
         print(line, file=file)
-    with pytest.raises(SystemExit) as stop:
-        train.main(['--train_data', str(manifest), '--valid_data', str(manifest), '--run_dir', str(tmp_path / 'run')])
-    fault, count = stop.value.code.split('\n')
-    assert complaint in fault and count == '1 broken; --skip_bad trains without them'
-    assert not (tmp_path / 'run' / 'last.pt').exists()
+    run = tmp_path / 'run'
+    message = exit_code(train.main, '--train_data', manifest, '--valid_data', manifest,
+                        '--run_dir', run)
+    fault, count = message.split('\n')
+    assert complaint in fault
+    assert count == '1 broken; --skip_bad trains without them'
+    assert not (run / 'last.pt').exists()
 
 
-# ---- errors and monitors ------------------------------------------------------------------------------------------
-
-def test_word_errors_against_a_second_implementation():
-    """Recursion over prefixes; and the counts must add up: reference words are hit, substituted or deleted."""
-    @functools.cache
-    def distance(a, b):
-        if not a or not b:
-            return len(a) + len(b)
-        return min(distance(a[1:], b[1:]) + (a[0] != b[0]), distance(a[1:], b) + 1, distance(a, b[1:]) + 1)
-
-    rng = random.Random(0)
-    for _ in range(300):
-        a, b = (tuple(rng.choices('xyz', k=rng.randint(0, 7))) for _ in range(2))
-        s, i, d = monitor.edit_counts(a, b)
-        assert s + i + d == distance(a, b) and len(a) - d + i == len(b) and s <= min(len(a), len(b))
-    rates = monitor.error_rates(['a b c', 'd'], ['a x c c', ''])
-    assert rates['wer'] == 75 and (rates['substitutions'], rates['insertions'], rates['deletions']) == (1, 1, 1)
+def copy_audio(utterance, path, form):
+    """Write an utterance's recording at a path, in one of libsndfile's forms."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave, rate = soundfile.read(utterance.path, dtype='int16')
+    soundfile.write(path, wave, rate, format=form, subtype='PCM_16')
 
 
-def test_output_monitors_tell_the_plateaus_from_learning():
-    v, lengths, characters = 28, torch.tensor([70, 70]), torch.tensor([10, 10])
-
-    def report(probabilities):
-        outputs = monitor.Outputs(v, math.log(27))
-        outputs.add(probabilities.log(), lengths, characters)
-        return outputs.report()
-
-    uniform = report(torch.full((2, 80, v), 1 / v))
-    assert uniform['entropy'] == pytest.approx(1) and uniform['uniform_batches'] == 1
-    assert uniform['input_dependence'] == pytest.approx(0, abs=1e-5)
-    constant = report((0.3 / 27 * torch.ones(v)).index_fill(0, torch.tensor(0), 0.7).expand(2, 80, v))
-    assert constant['blank'] == 1 and constant['emitted'] == 0 and constant['uniform_batches'] == 0
-    assert constant['input_dependence'] == pytest.approx(0, abs=1e-5)
-    # Ten letters of 27, each in one frame of seven: h(1/7) + (1/7) ln 27 nats, emitted 10 of 10.
-    spikes = torch.zeros(2, 80, v)
-    spikes[:, :, 0] = 1
-    letters = torch.arange(70).view(2, 35) % 27
-    for b in range(2):
-        for k in range(10):
-            spikes[b, 7 * k] = F.one_hot(letters[b, k] + 1, v)
-    learnt = report(spikes.clamp_min(1e-9))
-    n = Counter(letters[:, :10].flatten().tolist()).values()
-    expected = -(6 / 7 * math.log(6 / 7) + sum(c / 140 * math.log(c / 140) for c in n))
-    assert learnt['input_dependence'] == pytest.approx(expected, abs=1e-3)
-    assert 0.9 < learnt['dependence_share'] < 1
-    assert learnt['emitted'] == 1 and learnt['blank'] == pytest.approx(6 / 7)
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(''.join(f'{line}\n' for line in lines))
 
 
-HEALTHY = {'nonfinite': 0, 'train_loss': 1.0, 'train_way': 1.3, 'grad_backbone': 1.0, 'grad_recurrent': 1.0,
-           'grad_head': 1.0, 'uniform_batches': 0, 'entropy': 0.2, 'dependence_share': 1.0, 'blank': 0.6,
-           'emitted': 1.0}
+def write_json_lines(utterances, folder):
+    """FLAC files and a manifest, as NeMo has it -> the manifest."""
+    rows = []
+    for u in utterances:
+        name = f'{u.path.stem}.flac'
+        copy_audio(u, folder / name, 'FLAC')
+        rows.append(json_row(name, u.text, speaker=u.speaker))
+    write_lines(folder / 'train.jsonl', rows)
+    return folder / 'train.jsonl'
 
 
-@pytest.mark.parametrize('symptom,word', [
-    ({'nonfinite': 2}, 'not finite'), ({'train_loss': -0.24}, 'negative CTC loss'),
-    ({'grad_backbone': 1e-6}, 'vanishing'), ({'grad_head': 1e5}, 'exploding'),
-    ({'uniform_batches': 3}, 'uniform'), ({'dependence_share': 0.0}, 'ignores the input'),
-    ({'blank': 0.999, 'emitted': 0.01}, 'blank collapse')])
-def test_diseases_have_names(symptom, word):
-    assert monitor.diagnose(HEALTHY) == []
-    assert any(word in warning for warning in monitor.diagnose(HEALTHY | symptom))
+def write_common_voice(utterances, folder):
+    """WAV files in clips/ and a table -> the table."""
+    rows = ['client_id\tpath\tsentence\tup_votes']
+    for u in utterances:
+        name = f'{u.path.stem}.wav'
+        copy_audio(u, folder / 'clips' / name, 'WAV')
+        rows.append(f'{u.speaker}\t{name}\t{u.text.capitalize()}\t2')
+    write_lines(folder / 'train.tsv', rows)
+    return folder / 'train.tsv'
 
 
-# ---- train.py -----------------------------------------------------------------------------------------------------
-
-def test_run_folder(first_run):
-    folder, results, log = first_run
-    assert json.loads((folder / 'results.json').read_text()) == results
-    assert results['test'] is None and results['valid']['wer'] == min(record['wer'] for record in log)
-    assert set(results) == {'valid', 'test', 'updates', 'train_seconds', 'parameters', 'seed'}
-    assert results['updates'] == 30 and results['valid']['utterances'] == 6
-    assert [record['epoch'] for record in log] == [1, 2, 3] and all(0 <= r['clipped'] <= 1 for r in log)
-    config = json.loads((folder / 'config.json').read_text())
-    assert config['batch_size'] == 2 and config['frames_per_output'] == model.Config(1).frames_per_output
-
-
-def test_checkpoints_load_and_decode_alike(first_run, corpus):
-    folder, results, _ = first_run
-    checkpoint = torch.load(folder / 'best.pt', weights_only=True)
-    network = model.Recogniser(model.Config(**checkpoint['config']))
-    network.load_state_dict(checkpoint['model'])
-    speech = data.Speech(data.read_corpus(corpus[3])[0], checkpoint['alphabet'])
-    _, rates, _ = train.evaluate(network, speech, argparse.Namespace(workers=0, device='cpu'))
-    assert rates == results['valid'] == checkpoint['run']['valid']
+def write_librispeech(utterances, folder):
+    """FLAC files and transcripts by speaker and chapter -> the folder."""
+    for speaker in {u.speaker for u in utterances}:
+        chapter = folder / speaker / '1'
+        rows = []
+        for u in utterances:
+            if u.speaker == speaker:
+                copy_audio(u, chapter / f'{u.path.stem}.flac', 'FLAC')
+                rows.append(f'{u.path.stem} {u.text.upper()}')
+        write_lines(chapter / f'{speaker}-1.trans.txt', rows)
+    return folder
 
 
-def test_a_run_is_not_overwritten_and_repeats_from_its_seed(first_run, corpus, tmp_path):
-    folder, _, log = first_run
-    with pytest.raises(SystemExit, match='is not empty'):
-        train.main([*corpus, '--run_dir', str(folder)])
-    for workers in '0', '1':
-        run = tmp_path / workers
-        train.main([*corpus, *FIRST_RUN, '--run_dir', str(run), '--workers', workers])
-        again = [json.loads(line)['train_loss'] for line in (run / 'log.jsonl').read_text().splitlines()]
-        # Another process may get other last bits from the Fourier transform, and training makes more of them.
-        assert again == pytest.approx([r['train_loss'] for r in log], rel=1e-2 if workers == '1' else 0)
+def write_sphinx(utterances, folder):
+    """SPH files, transcripts with and without their marks, a test split too -> the folder."""
+    names = []
+    rows = []
+    for i, u in enumerate(utterances):
+        name = u.path.stem
+        file = f'clstk/{u.speaker}/{name}'
+        copy_audio(u, folder / 'wav' / f'{file}.sph', 'NIST')
+        names.append(file)
+        text = u.text.upper()
+        rows.append(f'<s> {text} </s> ({name})' if i % 2 else f'{text} ({name})')
+    write_lines(folder / 'etc' / 'an4_train.fileids', names)
+    write_lines(folder / 'etc' / 'an4_train.transcription', rows)
+    write_lines(folder / 'etc' / 'an4_test.transcription', [])
+    return folder
 
 
-FLAGS = ['--num_train_samples=3', '--spec_augment', '--no-speed_perturb', '--epochs=2', '--batch_size=2',
-         '--learning_rate=1e-3', '--weight_decay=0.1', '--grad_clip=0.01', '--interctc_weight=0', '--seed=1',
-         '--model=literal', '--blocks=5', '--frames_per_output=2', '--dropout=0.5', '--zero_init_residual',
-         '--squeeze_excite', '--blocks=4 --no-early_path']
+def first_batches(path):
+    """Two epochs of a corpus, as training gets them."""
+    splits = data.read_splits(path, None, None, seed=1, frames_per_output=4)
+    assert not splits.faults
+    assert splits.valid
+    speech = data.Speech(splits.train, data.make_alphabet(splits.train), 4, speed_perturb=True)
+    batches = data.training_batches(speech, 8, 0) + data.training_batches(speech, 8, 1)
+    return list(data.loader(speech, batches))
 
 
-@pytest.fixture(scope='session')
-def tiny(tmp_path_factory):
-    """(Training loss, weights) of one epoch on four utterances, by flags."""
-    folder = tmp_path_factory.mktemp('tiny')
-    manifest = str(write_corpus(folder, ['ab', 'cd', 'ba', 'dc']))
-
-    def fingerprint(*flags):
-        run = folder / ('run' + ''.join(flags))
-        train.main(['--train_data', manifest, '--valid_data', manifest, '--epochs=1', '--batch_size=4',
-                    '--run_dir', str(run), *flags])
-        weights = torch.load(run / 'last.pt', weights_only=True)['model']
-        return [(name, tuple(w.shape), w.double().sum().item()) for name, w in weights.items()]
-
-    return fingerprint, fingerprint()
+def assert_same_batches(utterances, folder):
+    """Utterances give the same batches in every form of corpus."""
+    expected = first_batches(write_json_lines(utterances, folder / 'jsonl'))
+    for path in (write_common_voice(utterances, folder / 'cv'),
+                 write_librispeech(utterances, folder / 'libri'),
+                 write_sphinx(utterances, folder / 'an4')):
+        batches = first_batches(path)
+        assert len(batches) == len(expected)
+        for batch, same in zip(batches, expected):
+            for field in 'mels', 'lengths', 'targets', 'target_lengths':
+                assert torch.equal(getattr(batch, field), getattr(same, field)), (path, field)
 
 
-@pytest.mark.parametrize('flag', FLAGS)
-def test_each_flag_changes_the_trained_weights(flag, tiny):
-    fingerprint, base = tiny
-    *others, last = flag.split()
-    assert fingerprint(*flag.split()) != (fingerprint(*others) if others else base)
+@pytest.fixture
+def spoken(tmp_path):
+    """24 utterances of the synthesiser, by 12 speakers."""
+    (tmp_path / 'made').mkdir()
+    utterances = []
+    for i in range(24):
+        text = ' '.join(random.Random(i).sample(sorted(data.WORDS), 2))
+        speaker = f's{i % 12}'
+        path = tmp_path / 'made' / f'{speaker}-1-{i:04}.wav'
+        soundfile.write(path, data.synthesise(text, i % 12)[0], 16000)
+        utterances.append(data.Utterance(path, text, 1, speaker, ''))
+    return utterances
 
 
-@pytest.mark.parametrize('flag', ['--epochs=0', '--batch_size=x', '--learning_rate=-1', '--frames_per_output=3',
-                                  '--blocks=12', '--dropout=1', '--device=abacus', '--model=none', '--epoch=1'])
-def test_bad_flags_end_in_a_message(flag, corpus, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main([*corpus, '--run_dir', str(tmp_path / 'run'), flag])
-    message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code != 0 and flag.split('=')[0].lstrip('-') in message and '\n' not in message
+def test_every_form_of_corpus_gives_the_same_batches(spoken, tmp_path):
+    assert_same_batches(spoken, tmp_path)
 
 
-def test_test_data_is_scored_with_the_best_checkpoint(corpus, tmp_path):
-    results = train.main([*corpus, '--test_data', corpus[3], '--epochs', '2', '--num_train_samples', '8',
-                          '--run_dir', str(tmp_path)])
-    assert results['test'] == results['valid']
+def test_a_quoted_table_holds_the_same_utterances(spoken, tmp_path):
+    for u in spoken:
+        copy_audio(u, tmp_path / 'csv' / f'{u.path.stem}.flac', 'FLAC')
+    rows = [f'{u.path.stem}.flac,"{u.text}"' for u in spoken]
+    write_lines(tmp_path / 'csv' / 'table.csv', ['file,transcript', *rows])
+    table = read_utterances(tmp_path / 'csv' / 'table.csv')
+    sphinx = read_utterances(write_sphinx(spoken, tmp_path / 'an4'))
+    assert [u.path.stem for u in table] == [u.path.stem for u in sphinx]
+    assert [u.text for u in table] == [u.text for u in sphinx]
 
 
-# ---- the built-in corpus ------------------------------------------------------------------------------------------
+def hundred_utterances(speaker):
+    """speaker: a function of the number of an utterance."""
+    return [data.Utterance(Path(f'{i}.wav'), 'a', 1, speaker(i), f'm:{i}') for i in range(100)]
 
-def test_the_synthesiser_repeats_itself_and_knows_its_words():
+
+def test_whole_speakers_are_held_out():
+    utterances = hundred_utterances(lambda i: f's{i % 20}')
+    held_out = data.hold_out(utterances)
+    speakers = {u.speaker for u in held_out.valid}
+    assert len(held_out.valid) == 10
+    assert len(held_out.train) == 90
+    assert not speakers & {u.speaker for u in held_out.train}
+    for speaker in speakers:
+        assert speaker in held_out.choice
+    assert data.hold_out(utterances).valid == held_out.valid
+
+
+def test_utterances_of_unknown_speakers_are_held_out_at_random():
+    held_out = data.hold_out(hundred_utterances(lambda i: ''))
+    assert len(held_out.train) == 90
+    assert len(held_out.valid) == 10
+    assert 'at random' in held_out.choice
+
+
+# ---- data: inspection ----------------------------------------------------------------------------
+
+UNUSABLE = ['short.wav', 'empty.wav', 'cut.flac', 'gone.wav']
+PROBLEMS = {
+    'clipped.wav': 'clipped, the peaks are flat',
+    'silent.wav': 'near-silent, nowhere above',
+    'narrow.wav': 'above 4000 Hz is missing',
+    'gap.wav': 'digital silence for more than a fifth of it',
+    'click.wav': 'a click or a bang far louder than the voice',
+}
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Six good utterances of tones, and one of each problem -> the manifest."""
+    folder = tmp_path / 'c'
+    manifest = write_corpus(folder, random_texts(6, 3))
+    loud = np.clip(8 * tones('abc', np.random.default_rng(0)), -1, 1)
+    soundfile.write(folder / 'clipped.wav', loud, 16000)
+    soundfile.write(folder / 'silent.wav', loud * 1e-4, 16000)
+    soundfile.write(folder / 'narrow.wav', loud[::2] * 0.3, 8000)
+    gap = np.concatenate([loud * 0.3, np.zeros(8000)])
+    soundfile.write(folder / 'gap.wav', gap, 16000)
+    click = loud * 0.05
+    click[3000] = 0.9
+    soundfile.write(folder / 'click.wav', click, 16000)
+    soundfile.write(folder / 'short.wav', loud[:100], 16000)
+    (folder / 'empty.wav').write_bytes(b'')
+    soundfile.write(folder / 'cut.flac', loud, 16000)
+    whole = (folder / 'cut.flac').read_bytes()
+    (folder / 'cut.flac').write_bytes(whole[:-3000])
+    with open(manifest, 'a') as file:
+        for name in [*PROBLEMS, *UNUSABLE]:
+            print(json_row(name, 'abc abc'), file=file)
+    return manifest
+
+
+def test_inspection_names_problems(broken, corpus, capsys):
+    message = exit_code(data.main, broken, '--valid_data', corpus.valid)
+    out = capsys.readouterr().out
+    for name, problem in PROBLEMS.items():
+        [line] = [line for line in out.splitlines() if problem in line]
+        assert name in line
+    for name in UNUSABLE:
+        assert name in message
+    assert '4 faults, 11 utterances' in message
+    assert 'words are not in training' in out
+
+
+def test_inspection_of_a_corpus_without_problems(corpus, capsys):
+    data.main([corpus.train, '--valid_data', corpus.valid])
+    out = capsys.readouterr().out
+    lines = re.search(r'uniform output ([\d.]+), constant output ([\d.]+)', out)
+    uniform, constant = map(float, lines.groups())
+    assert uniform > constant
+    assert constant > 1
+
+
+def test_inspection_of_a_recording(tmp_path, capsys):
+    narrow = tones('abc', np.random.default_rng(0))[::2]
+    soundfile.write(tmp_path / 'e.wav', narrow, 8000)
+    data.main([str(tmp_path / 'e.wav')])
+    assert 'above 4000 Hz is missing' in capsys.readouterr().out
+
+
+# ---- data: the built-in corpus -------------------------------------------------------------------
+
+def test_the_synthesiser_repeats_itself():
+    wave, _ = data.synthesise('seven two nine', 3)
+    again, _ = data.synthesise('seven two nine', 3)
+    other, _ = data.synthesise('seven two nine', 4)
+    assert np.array_equal(wave, again)
+    assert len(wave) != len(other)
+    assert abs(wave).max() > 0.1
+    assert abs(wave).max() <= 0.9
+
+
+def test_the_synthesiser_knows_when_it_says_its_words():
     wave, spans = data.synthesise('seven two nine', 3)
-    assert np.array_equal(wave, data.synthesise('seven two nine', 3)[0])
-    assert len(wave) != len(data.synthesise('seven two nine', 4)[0]) and 0.1 < abs(wave).max() <= 0.9
     assert [word for word, _, _ in spans] == ['seven', 'two', 'nine']
-    edges = [t for _, start, end in spans for t in (start, end)]
+    edges = sum([[start, end] for _, start, end in spans], [])
     assert edges == sorted(edges)
-    assert edges[0] > 0.1 and edges[-1] < len(wave) / 16000
+    assert edges[0] > 0.1
+    assert edges[-1] < len(wave) / 16000
+
+
+def test_the_synthesiser_refuses_other_words():
     with pytest.raises(data.DataError, match='synthesiser says'):
         data.synthesise('seven elephants')
 
 
-def test_vowels_have_the_formants_of_the_table():
-    """The strongest bands of a long 'iy' and 'aa', by an FFT: Peterson & Barney's, times the tract's scale."""
-    voice = np.random.default_rng([0, 1])
-    tract = voice.uniform([0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500])[0]
-    for word, phone in ('three', 'iy'), ('start', 'aa'):
-        wave, [(_, start, end)] = data.synthesise(word, 1)
-        middle = end - 0.06 if phone == 'iy' else (start + end) / 2
-        piece = wave[int(16000 * middle) - 400:int(16000 * middle) + 400] * np.hanning(800)
-        power = np.convolve(np.abs(np.fft.rfft(piece, 4096)) ** 2, np.hanning(40), 'same')
-        hertz = np.arange(2049) * 16000 / 4096
-        for formant, low, high in zip(data.PHONES[phone][:2] * tract, (150, 1050), (900, 3000)):
-            band = (hertz > low) & (hertz < high)
-            assert abs(hertz[band][power[band].argmax()] / formant - 1) < 0.25
+@pytest.mark.parametrize('word,name', [('three', 'iy'), ('start', 'aa')])
+def test_vowels_have_the_formants_of_the_table(word, name):
+    """The strongest bands of a long vowel, by an FFT: Peterson & Barney's, times the tract's."""
+    tract = data.draw_voice(1, seed=0).tract
+    wave, [(_, start, end)] = data.synthesise(word, 1)
+    middle = int(16000 * (end - 0.06 if name == 'iy' else (start + end) / 2))
+    piece = wave[middle - 400:middle + 400] * np.hanning(800)
+    power = np.convolve(np.abs(np.fft.rfft(piece, 4096)) ** 2, np.hanning(40), 'same')
+    hertz = np.arange(2049) * 16000 / 4096
+    phone = data.PHONES[name]
+    for formant, low, high in (phone.f1, 150, 900), (phone.f2, 1050, 3000):
+        band = (hertz > low) & (hertz < high)
+        strongest = hertz[band][power[band].argmax()]
+        assert strongest == pytest.approx(formant * tract, rel=0.25)
 
 
-def dtw(a, b):
+def test_a_sentence_is_said_into_a_file(tmp_path, capsys):
+    data.main(['--say', 'Light  go', '--speaker=7', str(tmp_path / 'said.wav')])
+    words = [line.split()[2] for line in capsys.readouterr().out.splitlines()]
+    said, _ = data.synthesise('light go', 7)
+    assert words == ['light', 'go']
+    assert data.read_wave(tmp_path / 'said.wav').numpy() == pytest.approx(said, abs=1e-4)
+
+
+def warping_distance(a, b):
     """Length-normalised dynamic time warping distance of two mel sequences (T, 80)."""
     cost = torch.cdist(a, b).numpy()
     total = np.full((len(a) + 1, len(b) + 1), np.inf)
     total[0, 0] = 0
     for i in range(len(a)):
         for j in range(len(b)):
-            total[i + 1, j + 1] = cost[i, j] + min(total[i, j], total[i, j + 1], total[i + 1, j])
+            before = min(total[i, j], total[i, j + 1], total[i + 1, j])
+            total[i + 1, j + 1] = cost[i, j] + before
     return total[-1, -1] / (len(a) + len(b))
+
+
+def spoken_words(speakers, n):
+    """n random words by each speaker, cut out by their known times -> [(word, mels (T, 80))]."""
+    rng = np.random.default_rng(speakers[0])
+    cut = []
+    for speaker in speakers:
+        text = ' '.join(rng.permutation(list(data.WORDS))[:n])
+        wave, spans = data.synthesise(text, speaker)
+        mels = data.features(torch.tensor(wave))
+        for word, start, end in spans:
+            cut.append((word, mels[int(100 * start):int(100 * end)][::2]))
+    return cut
 
 
 @slow
 def test_a_template_matcher_fails_on_the_built_in_corpus():
-    """One speaker's words as templates for those of twelve of validation's, all cut out by their known times,
-    which helps the matcher: the network has to find them."""
-    def words(speakers, n):
-        rng, cut = np.random.default_rng(speakers[0]), []
-        for speaker in speakers:
-            wave, spans = data.synthesise(' '.join(rng.permutation(list(data.WORDS))[:n]), speaker)
-            mels = data.normalise(data.log_mels(torch.tensor(wave)))
-            cut += [(word, mels[int(100 * start):int(100 * end)][::2]) for word, start, end in spans]
-        return cut
+    """One speaker's words as templates for those of twelve of validation's.
 
-    templates, spoken = words([0], 20), words(range(300, 312), 8)
-    wrong = sum(min(templates, key=lambda t: dtw(t[1], mels))[0] != word for word, mels in spoken)
-    print(f'template matcher: {100 * wrong / len(spoken):.0f} % of {len(spoken)} words wrong')
+    All are cut out by their known times, which helps the matcher: the network has to find them.
+    """
+    templates = spoken_words([0], 20)
+    spoken = spoken_words(range(300, 312), 8)
+    wrong = 0
+    for word, mels in spoken:
+        distances = [warping_distance(template, mels) for _, template in templates]
+        nearest, _ = templates[int(np.argmin(distances))]
+        wrong += nearest != word
+    print(f'template matcher: {wrong} of {len(spoken)} words wrong')
     assert wrong / len(spoken) >= 0.2
 
 
-@slow
-def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
-    """python train.py and the command it prints; then word times of new sentences by unseen speakers, against the
-    synthesiser's own."""
-    monkeypatch.chdir(tmp_path)
-    results = train.main([])
-    _, checkpoint, clip = capsys.readouterr().out.strip().splitlines()[-1].split()[-3:]
-    network, alphabet, run = model.load_checkpoint(checkpoint)
-    untrained = model.Recogniser(network.config).eval()
-    test = data.read_corpus('corpus/test.jsonl')[0]
-    rates = train.evaluate(untrained, data.Speech(test, alphabet), train.parse_flags([]))[1]
-    errors, rng = [], np.random.default_rng(0)
-    for speaker in range(900, 950):
-        wave, spans = data.synthesise(' '.join(rng.choice(list(data.WORDS), 5)), speaker)
-        mels = data.normalise(data.log_mels(torch.tensor(wave)))
-        log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
-        heard = model.word_times(log_probs[0].argmax(1).tolist(), alphabet, 0.04)
-        if [word for word, _, _ in heard] == [word for word, _, _ in spans]:
-            errors += [abs(a - b) for h, s in zip(heard, spans) for a, b in zip(h[1:], s[1:])]
-    print(f'{results}\nuntrained WER {rates["wer"]:.0f} %; word times: median error {1000 * np.median(errors):.0f} ms '
-          f'of {len(errors)} edges')
-    assert results['test']['wer'] <= 3 and results['train_seconds'] <= 180 and rates['wer'] >= 99
-    assert len(errors) > 400 and np.median(errors) <= 0.08
+# ---- monitor: error rates ------------------------------------------------------------------------
+
+@functools.cache
+def edit_distance(a, b):
+    """By recursion over suffixes."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(edit_distance(a[1:], b[1:]) + (a[0] != b[0]),
+               edit_distance(a[1:], b) + 1,
+               edit_distance(a, b[1:]) + 1)
 
 
-# ---- corpora of other forms ---------------------------------------------------------------------------------------
-
-def write_forms(us, folder):
-    """Utterances as JSON lines (flac), Common Voice (wav), LibriSpeech (flac) and CMU Sphinx (sph) -> four paths."""
-    rows = {'jsonl': [], 'tsv': ['client_id\tpath\tsentence\tup_votes'], 'trans': {}, 'ids': [], 'sphinx': []}
-    for i, u in enumerate(us):
-        wave, rate = soundfile.read(u.path, dtype='int16')
-        name, speaker = u.path.stem, u.speaker
-        for path, kind in ((f'jsonl/{name}.flac', 'FLAC'), (f'cv/clips/{name}.wav', 'WAV'),
-                           (f'libri/{speaker}/1/{name}.flac', 'FLAC'), (f'an4/wav/clstk/{speaker}/{name}.sph', 'NIST')):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(folder / path, wave, rate, format=kind, subtype='PCM_16')
-        rows['jsonl'].append(json.dumps({'audio_filepath': f'{name}.flac', 'text': u.text, 'speaker': speaker}))
-        rows['tsv'].append(f'{speaker}\t{name}.wav\t{u.text.capitalize()}\t2')
-        rows['trans'].setdefault(speaker, []).append(f'{name} {u.text.upper()}')
-        rows['ids'].append(f'clstk/{speaker}/{name}')
-        rows['sphinx'].append(f'<s> {u.text.upper()} </s> ({name})' if i % 2 else f'{u.text.upper()} ({name})')
-    (folder / 'an4/etc').mkdir()
-    for path, lines in {'jsonl/train.jsonl': rows['jsonl'], 'cv/train.tsv': rows['tsv'],
-                        'an4/etc/an4_train.fileids': rows['ids'], 'an4/etc/an4_train.transcription': rows['sphinx'],
-                        'an4/etc/an4_test.transcription': [],
-                        **{f'libri/{s}/1/{s}-1.trans.txt': lines for s, lines in rows['trans'].items()}}.items():
-        (folder / path).write_text('\n'.join(lines) + '\n')
-    return [folder / path for path in ('jsonl/train.jsonl', 'cv/train.tsv', 'libri', 'an4')]
+def test_edits_against_a_second_implementation():
+    """The counts must add up: reference words are hit, substituted or deleted."""
+    rng = random.Random(0)
+    for _ in range(300):
+        said = tuple(rng.choices('xyz', k=rng.randint(0, 7)))
+        heard = tuple(rng.choices('xyz', k=rng.randint(0, 7)))
+        edits = monitor.edit_counts(said, heard)
+        assert edits.cost == edit_distance(said, heard)
+        assert edits.substitutions + edits.insertions + edits.deletions == edits.cost
+        assert len(said) - edits.deletions + edits.insertions == len(heard)
+        assert edits.substitutions <= min(len(said), len(heard))
 
 
-def assert_same_batches(paths):
-    seen = []
-    for path in paths:
-        (us, valid, _), _, faults, _ = data.gather(path, seed=1)
-        assert not faults and valid
-        speech = data.Speech(us, data.make_alphabet(us), 4, speed_perturb=True)
-        seen.append(list(train.loader(speech, train.training_batches(speech, 8, 2))))
-    for other in seen[1:]:
-        assert len(other) == len(seen[0])
-        for batch, same in zip(seen[0], other):
-            assert all(torch.equal(a, b) for a, b in zip(batch[:4], same[:4]))
+def test_error_rates_by_hand():
+    rates = monitor.error_rates(['a b c', 'd'], ['a x c c', ''])
+    assert rates['wer'] == 75
+    assert rates['substitutions'] == 1
+    assert rates['insertions'] == 1
+    assert rates['deletions'] == 1
+    assert rates['words'] == 4
+    assert rates['utterances'] == 2
 
 
-def test_every_form_of_corpus_gives_the_same_batches(tmp_path):
-    (tmp_path / 'made').mkdir()
-    us = []
-    for i in range(24):
-        text = ' '.join(random.Random(i).sample(sorted(data.WORDS), 2))
-        path = tmp_path / 'made' / f's{i % 12}-1-{i:04}.wav'
-        soundfile.write(path, data.synthesise(text, i % 12)[0], 16000)
-        us.append(data.Utterance(path, text, 1, f's{i % 12}', ''))
-    assert_same_batches(write_forms(us, tmp_path))
-    table = tmp_path / 'jsonl' / 'table.csv'
-    table.write_text('file,transcript\n' + ''.join(f'{u.path.stem}.flac,"{u.text}"\n' for u in us))
-    assert [(u.path.stem, u.text) for u in data.read_corpus(table)[0]] == [
-        (u.path.stem, u.text) for u in data.read_corpus(tmp_path / 'an4')[0]]
+# ---- monitor: plateau lines ----------------------------------------------------------------------
+
+@pytest.mark.parametrize('target', TARGETS)
+def test_uniform_line_in_closed_form(target):
+    """All paths are equally likely, so that their number is all it takes."""
+    paths = len(paths_of(target, outputs=5))
+    repeats = data.outputs_needed(target) - len(target)
+    assert paths == math.comb(5 + len(target) - repeats, 2 * len(target))
+    uniform, _ = monitor.plateau_lines([target], torch.tensor([5]), 3)
+    expected = (5 * math.log(3) - math.log(paths)) / len(target)
+    assert uniform == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
-def test_an4_in_every_form_gives_the_same_batches(tmp_path):
-    assert_same_batches(write_forms(data.read_corpus(Path(AN4) / 'dev.jsonl')[0], tmp_path))
+def test_constant_line_is_the_best_constant_output():
+    """Against gradient descent on one distribution for all outputs.
+
+    It is free to leave the letters' frequencies.
+    """
+    rng = random.Random(0)
+    targets = [rng.choices([1, 2, 3], [3, 2, 1], k=5) for _ in range(20)]
+    lengths = torch.tensor([rng.randint(10, 30) for _ in targets])
+    uniform, constant = monitor.plateau_lines(targets, lengths, 4)
+    logits = torch.zeros(4, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(300):
+        log_probs = logits.log_softmax(0).expand(20, int(lengths.max()), 4)
+        loss = ctc_loss(log_probs, lengths, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() <= constant + 1e-4
+    assert constant + 1e-4 < uniform
+    assert constant == pytest.approx(loss.item(), rel=0.02)
 
 
-def test_whole_speakers_are_held_out():
-    us = [data.Utterance(Path(f'{i}.wav'), 'a', 1, f's{i % 20}', f'm:{i}') for i in range(100)]
-    rest, kept, choice = data.hold_out(us)
-    assert len(kept) == 10 and not {u.speaker for u in kept} & {u.speaker for u in rest} and len(rest) == 90
-    assert all(u.speaker in choice for u in kept) and data.hold_out(us)[1] == kept
-    anonymous = [data.Utterance(u.path, 'a', 1, '', u.where) for u in us]
-    rest, kept, choice = data.hold_out(anonymous)
-    assert (len(rest), len(kept)) == (90, 10) and 'at random' in choice
+@pytest.mark.parametrize('loss,fraction', [
+    (8.0, 0),
+    (5.5, 0.5),
+    (3.0, 1),
+    (0.5, 1.5),
+])
+def test_plateau_fraction(loss, fraction):
+    assert monitor.plateau_fraction(loss, (8.0, 3.0)) == pytest.approx(fraction)
 
 
-@pytest.fixture
-def broken(tmp_path):
-    """Six good utterances of tones, and one of each ailment."""
-    manifest = write_corpus(tmp_path / 'c', random_texts(6, 3))
-    loud = np.clip(8 * tones('abc', np.random.default_rng(0)), -1, 1)
-    soundfile.write(tmp_path / 'c' / 'clipped.wav', loud, 16000)
-    soundfile.write(tmp_path / 'c' / 'silent.wav', loud * 1e-4, 16000)
-    soundfile.write(tmp_path / 'c' / 'narrow.wav', loud[::2] * 0.3, 8000)
-    soundfile.write(tmp_path / 'c' / 'short.wav', loud[:1000], 16000)
-    (tmp_path / 'c' / 'empty.wav').write_bytes(b'')
-    soundfile.write(tmp_path / 'c' / 'cut.flac', loud, 16000)
-    (tmp_path / 'c' / 'cut.flac').write_bytes((tmp_path / 'c' / 'cut.flac').read_bytes()[:-3000])
-    with open(manifest, 'a') as file:
-        for name in 'clipped.wav', 'silent.wav', 'narrow.wav', 'short.wav', 'empty.wav', 'cut.flac', 'gone.wav':
-            print(json.dumps({'audio_filepath': name, 'text': 'abc abc'}), file=file)
-    return manifest
+# ---- monitor: gradients --------------------------------------------------------------------------
+
+def gradient_norm(module):
+    """Of all parameters together, in float64."""
+    squares = [p.grad.double().square().sum().item() for p in module.parameters()]
+    return math.sqrt(sum(squares))
 
 
-def test_inspection_names_what_ails(broken, corpus, capsys):
-    with pytest.raises(SystemExit) as stop:
-        data.main([str(broken), '--valid_data', corpus[3]])
+def fill_gradients(network, value):
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+
+
+@pytest.mark.parametrize('size', [100.0, 1e-3])
+def test_gradients_are_clipped(size):
+    network = make_network(hidden=8)
+    gradients = monitor.Gradients(network, train.PARTS)
+    fill_gradients(network, size)
+    before = gradient_norm(network)
+    assert gradients.clip(5.0)
+    assert gradient_norm(network) == pytest.approx(min(before, 5.0), rel=1e-3)
+
+
+def test_gradients_are_left_alone_without_a_limit():
+    network = make_network(hidden=8)
+    fill_gradients(network, 100.0)
+    before = gradient_norm(network)
+    assert monitor.Gradients(network, train.PARTS).clip(0)
+    assert gradient_norm(network) == before
+
+
+def test_gradients_are_counted():
+    network = make_network(hidden=8)
+    gradients = monitor.Gradients(network, train.PARTS)
+    for size in 100.0, 1e-3:
+        fill_gradients(network, size)
+        assert gradients.clip(5.0)
+    fill_gradients(network, float('nan'))
+    assert not gradients.clip(5.0)
+    summary = gradients.summary()
+    assert summary['nonfinite'] == 1
+    assert summary['clipped'] == pytest.approx(1 / 3)
+    squares = [summary[f'grad_{part}'] ** 2 for part in ('backbone', 'recurrent', 'head')]
+    assert math.sqrt(sum(squares)) == pytest.approx(summary['grad_norm'], rel=1e-3)
+
+
+class SomebodysNetwork(nn.Module):
+    """A classifier of sequences (T, B, 4), with names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.GRU(4, 8)
+        self.activation = nn.ReLU()
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, x):
+        states, _ = self.encoder(x)
+        return self.classifier(self.activation(states))
+
+
+@pytest.mark.parametrize('network,names', [
+    (SomebodysNetwork(), ['encoder', 'classifier']),
+    (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), ['0', '2']),
+])
+def test_gradients_of_somebody_elses_network(network, names):
+    """Without parts, each child that has parameters is one."""
+    gradients = monitor.Gradients(network)
+    network(torch.randn(5, 2, 4)).square().sum().backward()
+    norms = {f'grad_{name}': gradient_norm(network.get_submodule(name)) for name in names}
+    assert gradients.clip(1e-3)
+    summary = gradients.summary()
+    assert set(summary) == {*norms, 'grad_norm', 'grad_norm_max', 'nonfinite', 'clipped'}
+    for key, norm in norms.items():
+        assert summary[key] == pytest.approx(norm, rel=1e-5)
+    assert gradient_norm(network) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_parameters_without_a_gradient_are_passed_over():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[0].requires_grad_(False)
+    network(torch.ones(1, 2)).sum().backward()
+    gradients = monitor.Gradients(network)
+    assert gradients.clip(1.0)
+    assert gradients.summary()['grad_0'] == 0
+    assert gradients.summary()['grad_1'] > 0
+
+
+def test_a_parameter_of_no_part_is_named():
+    with pytest.raises(ValueError, match='encoder.weight_ih_l0'):
+        monitor.Gradients(SomebodysNetwork(), {'head': ['classifier.']})
+
+
+def test_a_part_without_parameters_is_named():
+    parts = {'all': ['encoder.', 'classifier.'], 'decoder': ['decoder.']}
+    with pytest.raises(ValueError, match='no parameter has a prefix of decoder'):
+        monitor.Gradients(SomebodysNetwork(), parts)
+
+
+# ---- monitor: outputs ----------------------------------------------------------------------------
+
+def test_both_masks_of_valid_frames_are_the_same():
+    """monitor has one of its own, so that it serves other models without model.py."""
+    for _ in range(20):
+        frames = int(torch.randint(1, 50, ()))
+        lengths = torch.randint(0, frames + 1, (7,))
+        mask = monitor.valid_frames(frames, lengths)
+        assert mask.sum(1).tolist() == lengths.tolist()
+        assert torch.equal(mask, model.valid_frames(frames, lengths))
+
+
+VOCAB_SIZE = 28
+
+
+def output_summary(probabilities):
+    """Of probabilities (2, 80, 28), of which 70 outputs are valid, for ten characters each."""
+    outputs = monitor.Outputs(VOCAB_SIZE, math.log(27))
+    outputs.add(probabilities.log(), torch.tensor([70, 70]), torch.tensor([10, 10]))
+    return outputs.summary()
+
+
+def test_uniform_output_is_recognised():
+    summary = output_summary(torch.full((2, 80, VOCAB_SIZE), 1 / VOCAB_SIZE))
+    assert summary['entropy'] == pytest.approx(1)
+    assert summary['uniform_batches'] == 1
+    assert summary['input_dependence'] == pytest.approx(0, abs=1e-5)
+
+
+def test_constant_output_is_recognised():
+    distribution = torch.full((VOCAB_SIZE,), 0.3 / 27)
+    distribution[0] = 0.7
+    summary = output_summary(distribution.expand(2, 80, VOCAB_SIZE))
+    assert summary['blank'] == 1
+    assert summary['emitted'] == 0
+    assert summary['uniform_batches'] == 0
+    assert summary['input_dependence'] == pytest.approx(0, abs=1e-5)
+
+
+def test_learnt_output_is_recognised():
+    """Ten letters of 27, each in one output of seven: h(1/7) + (1/7) ln 27 nats."""
+    letters = torch.tensor([range(1, 11), range(9, 19)])
+    symbols = torch.zeros(2, 80, dtype=torch.long)
+    symbols[:, 0:70:7] = letters
+    summary = output_summary(F.one_hot(symbols, VOCAB_SIZE).float().clamp_min(1e-9))
+    shares = [count / 140 for count in Counter(letters.flatten().tolist()).values()]
+    shares.append(6 / 7)
+    expected = -sum(share * math.log(share) for share in shares)
+    assert summary['input_dependence'] == pytest.approx(expected, abs=1e-3)
+    assert summary['dependence_share'] > 0.9
+    assert summary['dependence_share'] < 1
+    assert summary['emitted'] == 1
+    assert summary['blank'] == pytest.approx(6 / 7)
+
+
+# ---- monitor: warnings ---------------------------------------------------------------------------
+
+HEALTHY = {'epoch': 1, 'train_seconds': 60.0, 'nonfinite': 0, 'clipped': 0.1, 'train_loss': 1.0,
+           'train_way': 1.3, 'grad_norm': 1.7, 'grad_norm_max': 2.0, 'grad_backbone': 1.0,
+           'grad_recurrent': 1.0, 'grad_head': 1.0, 'uniform_batches': 0, 'entropy': 0.2,
+           'dependence_share': 1.0, 'blank': 0.6, 'emitted': 1.0, 'warnings': []}
+VALIDATED = HEALTHY | {'valid_loss': 1.2, 'wer': 20.0, 'cer': 5.0}
+SYMPTOMS = [
+    ({'nonfinite': 2}, 'not finite'),
+    ({'train_loss': -0.24}, 'negative CTC loss'),
+    ({'grad_backbone': 1e-6}, 'vanishing gradient in the backbone'),
+    ({'grad_head': 1e5}, 'exploding gradient in the head'),
+    ({'uniform_batches': 3}, 'uniform'),
+    ({'dependence_share': 0.0}, 'ignores the sound'),
+    ({'blank': 0.999, 'emitted': 0.01}, 'blank collapse'),
+]
+
+
+def test_a_healthy_epoch_has_no_warnings():
+    assert monitor.diagnose(HEALTHY) == []
+
+
+@pytest.mark.parametrize('symptom,words', SYMPTOMS)
+def test_warnings_say_what_is_wrong_and_the_next_step(symptom, words):
+    warnings = monitor.diagnose(HEALTHY | symptom)
+    assert any(words in warning for warning in warnings)
+    for warning in warnings:
+        assert re.search(r'; \w+', warning)
+
+
+# ---- monitor: reading of runs --------------------------------------------------------------------
+
+def test_an_epoch_line_has_its_warnings_beneath():
+    record = VALIDATED | {'warnings': ['one; do', 'two; do']}
+    first, *others = monitor.epoch_line(record).splitlines()
+    assert 'WER 20.0 %' in first
+    assert others == ['    ! one; do', '    ! two; do']
+
+
+def test_an_epoch_line_without_validation():
+    line = monitor.epoch_line(HEALTHY)
+    assert 'loss 1.000' in line
+    assert 'WER' not in line
+
+
+@pytest.mark.parametrize('last,step', [
+    (VALIDATED | {'dependence_share': 0.01}, 'the plateau was never left'),
+    (VALIDATED | {'nonfinite': 1}, 'updates are lost or cut'),
+    (VALIDATED | {'clipped': 1.0, 'train_way': 1.0}, 'updates are lost or cut'),
+    (HEALTHY, 'nothing was validated'),
+    (VALIDATED | {'wer': 0.0, 'cer': 0.0}, 'there are no errors left to learn from'),
+    (VALIDATED | {'valid_loss': 3.0}, 'training is learnt better than validation'),
+    (VALIDATED, 'still learning'),
+])
+def test_advice_on_how_to_go_on(last, step):
+    *_, advice = monitor.advice([VALIDATED, last])
+    assert advice.startswith(f'how to go on: {step}')
+
+
+def test_advice_names_the_best_epoch():
+    """Of equal ones the last, which is the one that best.pt holds."""
+    log = [VALIDATED | {'epoch': i, 'wer': wer} for i, wer in enumerate([30, 10, 10, 20], 1)]
+    best, _ = monitor.advice(log)
+    assert best.startswith('best epoch 3 of 4: WER 10.00 %')
+
+
+def test_a_run_describes_itself(first_run, capsys):
+    assert exit_code(monitor.main, first_run.folder) is False
     out = capsys.readouterr().out
-    for remark, name in ('clipped', 'clipped.wav'), ('near-silent', 'silent.wav'), ('above 4000 Hz', 'narrow.wav'):
-        assert any(remark in line and name in line for line in out.splitlines())
-    for name in 'short.wav', 'empty.wav', 'cut.flac', 'gone.wav':
-        assert name in stop.value.code
-    assert '4 faults, 9 utterances' in stop.value.code and 'words are not in training' in out
-    data.main([corpus[1], '--valid_data', corpus[3]])
-    lines = re.search(r'uniform output ([\d.]+), constant output ([\d.]+)', capsys.readouterr().out)
-    assert float(lines[1]) > float(lines[2]) > 1
+    assert 'best epoch' in out
+    assert 'how to go on' in out
+    assert len(out.splitlines()) >= 1 + 3 + 2  # its name, epochs, advice
+    for record in first_run.log:
+        assert monitor.epoch_line(record) in out
 
 
-def test_bad_utterances_end_a_run_or_are_left_out(broken, corpus, tmp_path, capsys):
-    flags = ['--train_data', str(broken), '--valid_data', corpus[3], '--epochs=1', '--run_dir', str(tmp_path / 'run')]
-    with pytest.raises(SystemExit) as stop:
-        train.main(flags)
-    assert all(name in stop.value.code for name in ('short.wav', 'empty.wav', 'cut.flac', 'gone.wav'))
-    assert not (tmp_path / 'run').exists()
-    train.main([*flags, '--skip_bad'])
+def test_folders_that_hold_no_run_are_named(first_run, tmp_path, capsys):
+    (tmp_path / 'damaged').mkdir()
+    log = (first_run.folder / 'log.jsonl').read_text()
+    (tmp_path / 'damaged' / 'log.jsonl').write_text(log[:100] + '\n' + log)
+    assert exit_code(monitor.main, tmp_path / 'none', tmp_path / 'damaged') is True
+    err = capsys.readouterr().err
+    assert 'none: holds neither log.jsonl nor results.json' in err
+    assert 'log.jsonl:1: is no JSON' in err
+    assert err.count('\n') == 2
+
+
+def test_a_log_that_is_cut_off_is_read_as_far_as_it_goes(first_run, tmp_path, capsys):
+    log = (first_run.folder / 'log.jsonl').read_text()
+    (tmp_path / 'log.jsonl').write_text(log[:-100])
+    assert exit_code(monitor.main, tmp_path) is False
     out = capsys.readouterr().out
-    assert '4 broken utterances are left out' in out and '9 utterances, ' in out
+    assert 'epoch   2' in out
+    assert 'epoch   3' not in out
+    assert 'the last line of the log is cut off' in out
 
 
-# ---- using what was learnt ----------------------------------------------------------------------------------------
+def fake_run(folder, seed, wer, errors=(), **settings):
+    """A finished run that scored three sentences, those in `errors` wrongly."""
+    folder.mkdir()
+    said = ['go left', 'stop', 'go right now']
+    rows = [f'{i}.wav\t{text}\t{"no" if i in errors else text}' for i, text in enumerate(said)]
+    write_lines(folder / 'test.tsv', ['file\tsaid\theard', *rows])
+    write_lines(folder / 'log.jsonl', [json.dumps(VALIDATED)])
+    (folder / 'config.json').write_text(json.dumps({'seed': seed, 'epochs': 4, **settings}))
+    rates = monitor.error_rates(['a'], ['b']) | {'wer': wer}
+    (folder / 'results.json').write_text(json.dumps({'valid': None, 'test': rates}))
+    return folder
+
+
+def test_runs_are_compared(tmp_path, capsys):
+    runs = [fake_run(tmp_path / f'{seed}', seed, wer, dropout=0.1)
+            for seed, wer in enumerate([2.0, 4.0, 6.0])]
+    other = fake_run(tmp_path / 'other', 0, 9.0, dropout=0.3)
+    assert exit_code(monitor.main, *runs, other) is False
+    settings, scores = capsys.readouterr().out.split('\n\n')
+    assert settings.splitlines()[0].split() == ['run', 'dropout', 'seed']
+    assert '9.00' in scores
+    assert 'WER 4.00 % on average, standard deviation 2.00' in scores
+    assert 'bootstrap' not in scores
+
+
+def test_two_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
+    """Three errors more in six words are 50 points; of three sentences one sample may hold any."""
+    one = monitor.read_run(fake_run(tmp_path / 'one', 0, 0.0))
+    two = monitor.read_run(fake_run(tmp_path / 'two', 1, 50.0, errors=[2]))
+    more, (low, high) = monitor.paired_bootstrap(one, two)
+    assert more == pytest.approx(50)
+    assert low == 0
+    assert high == pytest.approx(100)
+    assert exit_code(monitor.main, tmp_path / 'one', tmp_path / 'two') is False
+    assert 'no difference that this test can show' in capsys.readouterr().out
+
+
+# ---- train: two samples --------------------------------------------------------------------------
+
+def learn_by_heart(network, batch, updates):
+    """Train on one batch, with the loop written out -> the losses."""
+    args = train.parse_flags([])
+    optimizer, schedule = train.make_optimizer(network, args, updates)
+    gradients = monitor.Gradients(network, train.PARTS)
+    losses = []
+    for _ in range(updates):
+        log_probs, n = network(batch.mels, batch.lengths)
+        loss = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, n, batch.target_lengths)
+        optimizer.zero_grad()
+        loss.backward()
+        gradients.clip(5.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_two_samples_are_learnt():
+    """First loss on the uniform line, none below zero, the last near zero, words right."""
+    start = time.time()
+    texts = ['bad cab', 'face a head']
+    alphabet = data.make_alphabet(make_utterances(texts))
+    targets = [data.encode(text, alphabet) for text in texts]
+    rng = np.random.default_rng(0)
+    items = []
+    for i, text in enumerate(texts):
+        wave = torch.tensor(tones(text, rng), dtype=torch.float32)
+        items.append((data.features(wave).mels, torch.tensor(targets[i]), i))
+    batch = data.collate(items)
+    network = make_network(vocab_size=len(alphabet))
+    outputs = network.output_lengths(batch.lengths)
+    uniform, _ = monitor.plateau_lines(targets, outputs, len(alphabet))
+    losses = learn_by_heart(network, batch, updates=100)
+    network.eval()
+    with torch.no_grad():
+        log_probs, n = network(batch.mels, batch.lengths)
+    loss = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, n, batch.target_lengths)
+    heard = [data.decode(symbols, alphabet) for symbols in model.greedy_decode(log_probs, n)]
+    assert losses[0] == pytest.approx(uniform, rel=0.15)
+    assert min(losses) > -1e-4
+    assert losses[-1] < 0.05
+    assert loss < 0.05  # in eval mode
+    assert heard == texts
+    assert monitor.error_rates(texts, heard)['wer'] == 0
+    assert time.time() - start < 20
+
+
+# ---- train: twenty samples, three epochs ---------------------------------------------------------
+
+def test_loss_falls_every_epoch(first_run):
+    """As fractions of the way from the uniform line, 0, to the constant one, 1."""
+    first, second, third = [record['train_way'] for record in first_run.log]
+    assert first > 0
+    assert second > first
+    assert third > second
+
+
+def test_validation_loss_falls_too(first_run, corpus):
+    utterances = read_utterances(corpus.valid)
+    alphabet = data.make_alphabet(read_utterances(corpus.train))
+    untrained = make_network(vocab_size=len(alphabet))
+    loss = train.evaluate(untrained, data.Speech(utterances, alphabet)).loss
+    began = monitor.plateau_fraction(loss, train.plateaus(utterances, alphabet, untrained))
+    assert first_run.log[-1]['valid_way'] > began + 0.2
+
+
+# ---- train: optimiser and schedule ---------------------------------------------------------------
+
+def test_the_optimiser_is_adamw():
+    optimizer, _ = train.make_optimizer(nn.Linear(2, 2), train.parse_flags([]), 200)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults['weight_decay'] == 1e-5
+
+
+def test_the_learning_rate_climbs_and_falls():
+    optimizer, schedule = train.make_optimizer(nn.Linear(2, 2), train.parse_flags([]), 200)
+    rates = []
+    for _ in range(200):
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == pytest.approx(3e-3)
+    assert rates.index(max(rates)) == 19  # the 20th of 200: 10 %
+    half_way_down = (19 + 199) // 2  # a cosine is half way at half time
+    assert rates[half_way_down] == pytest.approx(1.5e-3, rel=1e-3)
+    assert rates[-1] < 1e-7
+
+
+def test_a_constant_schedule_is_constant():
+    args = train.parse_flags(['--schedule=constant'])
+    optimizer, schedule = train.make_optimizer(nn.Linear(2, 2), args, 20)
+    for _ in range(20):
+        assert optimizer.param_groups[0]['lr'] == 3e-4
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize('updates', range(1, 30))
+def test_a_schedule_for_any_number_of_updates(updates):
+    train.make_optimizer(nn.Linear(2, 2), train.parse_flags([]), updates)
+
+
+# ---- train: flags --------------------------------------------------------------------------------
 
 @pytest.fixture(scope='session')
-def by_heart(tmp_path_factory):
-    """Two sentences of the synthesiser, learnt by --overfit -> run folder, wave of the first."""
-    folder = tmp_path_factory.mktemp('heart')
-    rows = []
-    for i, text in enumerate(['seven two nine', 'light go']):
-        soundfile.write(folder / f'{i}.wav', data.synthesise(text, i)[0], 16000)
-        rows.append(json.dumps({'audio_filepath': f'{i}.wav', 'text': text}))
-    (folder / 'm.jsonl').write_text('\n'.join(rows))
-    train.main(['--train_data', str(folder / 'm.jsonl'), '--valid_data', 'none', '--overfit', '2', '--batch_size', '2',
-                '--run_dir', str(folder / 'run')])
-    return folder / 'run', data.synthesise('seven two nine', 0)[0]
+def fingerprint(tmp_path_factory):
+    """A function of flags -> what the weights are after an epoch on four utterances."""
+    folder = tmp_path_factory.mktemp('tiny')
+    manifest = str(write_corpus(folder, ['ab', 'cd', 'ba', 'dc']))
+
+    @functools.cache
+    def weights_of(*flags):
+        run = folder / ('run' + ''.join(flags))
+        train_run(run, '--train_data', manifest, '--valid_data', manifest, '--epochs=1',
+                  '--batch_size=4', *SMALL, *flags)
+        weights = torch.load(run / 'last.pt', weights_only=True)['model']
+        return [(name, weight.shape, weight.double().sum().item())
+                for name, weight in weights.items()]
+
+    return weights_of
 
 
-def transcribe(capsys, *args):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        model.main(list(map(str, args)))
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out.strip(), captured.err
+@pytest.mark.parametrize('flags', [
+    '--num_train_samples=3', '--spec_augment', '--no-speed_perturb', '--epochs=2',
+    '--batch_size=2', '--learning_rate=1e-3', '--weight_decay=0.1', '--grad_clip=0.01',
+    '--interctc_weight=0', '--seed=1', '--blocks=5', '--frames_per_output=2', '--hidden=8',
+    '--dropout=0.5', '--squeeze_excite', '--schedule=constant', '--blocks=5 --undo deep_path',
+    '--undo forget_bias'])
+def test_each_flag_changes_the_trained_weights(flags, fingerprint):
+    """Those that begin with the last '--', where there are several."""
+    others, _, last = flags.rpartition('--')
+    assert fingerprint(*others.split(), *f'--{last}'.split()) != fingerprint(*others.split())
 
 
-def test_any_file_format_gives_the_same_transcript(by_heart, tmp_path, capsys):
-    run, wave = by_heart
-    wave, clips = torch.tensor(wave), []
-    for name, rate, channels in ('a.wav', 44100, 2), ('b.flac', 24000, 1), ('c.mp3', 16000, 1), ('d.ogg', 16000, 1):
-        clips.append(tmp_path / name)
-        copy = data.resample(wave, 16000, rate).numpy()
-        soundfile.write(clips[-1], np.stack([copy] * channels, 1), rate)
-    for clip in clips:
-        assert transcribe(capsys, run / 'best.pt', clip)[:2] == (False, 'seven two nine')
-    soundfile.write(tmp_path / 'e.wav', data.resample(wave, 16000, 8000).numpy(), 8000)
-    assert transcribe(capsys, run / 'best.pt', tmp_path / 'e.wav')[0] is False
-    data.main([str(tmp_path / 'e.wav')])
-    assert 'above 4000 Hz is missing' in capsys.readouterr().out
-    code, out, err = transcribe(capsys, run / 'best.pt', tmp_path / 'no.wav', clips[0])
-    assert code and out.endswith('seven two nine') and 'no.wav' in err and err.count('\n') == 1
+@pytest.mark.parametrize('flag', [
+    '--epochs=0', '--batch_size=x', '--learning_rate=-1', '--frames_per_output=3', '--blocks=12',
+    '--dropout=1', '--device=abacus', '--undo=none', '--epoch=1', '--init_from=none.pt',
+    '--evaluate=none.pt', '--resume=nowhere'])
+def test_bad_flags_end_in_a_message(flag, corpus, tmp_path, capsys):
+    code = exit_code(train.main, *corpus.flags, '--test_data', corpus.valid, '--run_dir',
+                     tmp_path / 'run', flag)
+    message = code
+    if not isinstance(code, str):  # argparse prints, and exits with a number
+        message = capsys.readouterr().err.splitlines()[-1]
+    name, _, _ = flag.partition('=')
+    assert code != 0
+    assert name.lstrip('-') in message
+    assert '\n' not in message
 
 
-def test_words_have_times(by_heart, capsys):
-    path = [0, 1, 1, 0, 2, 3, 0, 0, 1, 0, 1, 3, 3, 0]
-    assert model.word_times(path, ['', 'a', 'b', ' '], 0.1) == [
-        ('ab', pytest.approx(0.05), pytest.approx(0.45)), ('aa', pytest.approx(0.75), pytest.approx(1.05))]
-    run, wave = by_heart
-    _, out, _ = transcribe(capsys, run / 'best.pt', run / 'clip.wav', '--times')
-    first, *lines = out.splitlines()
-    assert [line.split()[2] for line in lines] == first.split()
-    times = [float(t) for line in lines for t in line.split()[:2]]
-    assert times == sorted(times) and times[-1] <= len(wave) / 16000 + 0.04
-
-
-def test_checkpoints_and_runs_describe_themselves(by_heart, first_run, tmp_path, capsys):
-    _, out, _ = transcribe(capsys, by_heart[0] / 'best.pt')
-    assert 'valid: WER 0.00 %' in out and 'm.jsonl' in out and 'parameters' in out
-    with pytest.raises(SystemExit, match='False'):
-        monitor.main([str(first_run[0])])
+def test_help_shows_no_default_of_none(capsys):
+    assert exit_code(train.parse_flags, '--help') == 0
     out = capsys.readouterr().out
-    assert 'best epoch' in out and 'how to go on' in out and len(out.splitlines()) >= 7
-    (tmp_path / 'x.pt').write_text('x')
-    assert 'is no checkpoint' in transcribe(capsys, tmp_path / 'x.pt', 'a.wav')[0]
-    (tmp_path / 'log.jsonl').write_text((first_run[0] / 'log.jsonl').read_text()[:-100])
-    with pytest.raises(SystemExit, match='True'):
-        monitor.main([str(tmp_path / 'none'), str(tmp_path)])
-    captured = capsys.readouterr()
-    assert captured.err.count('holds no whole log.jsonl') == 2
+    assert '--learning_rate' in out
+    assert '(default: None)' not in out
+    assert 'SUPPRESS' not in out
 
 
-def test_overfit_gives_a_verdict(by_heart, tmp_path, corpus, capsys):
-    log = (by_heart[0] / 'log.jsonl').read_text().splitlines()
-    assert json.loads(log[-1])['cer'] == 0 and len(log) < 20
-    with pytest.raises(SystemExit, match='NOT LEARNT'):
-        train.main([*corpus[:2], '--valid_data=none', '--overfit=3', '--epochs=1', '--learning_rate=1e-9',
-                    '--batch_size=2', '--run_dir', str(tmp_path / 'run')])
+# ---- train: the run folder -----------------------------------------------------------------------
+
+def test_results_are_written_down(first_run):
+    results = first_run.results
+    assert read_json(first_run.folder / 'results.json') == results
+    assert set(results) == {'valid', 'test', 'updates', 'train_seconds', 'parameters', 'seed'}
+    assert results['test'] is None
+    assert results['valid']['wer'] == min(record['wer'] for record in first_run.log)
+    assert results['valid']['utterances'] == 6
+    assert results['updates'] == 30
+
+
+def test_the_log_has_a_record_an_epoch(first_run):
+    assert [record['epoch'] for record in first_run.log] == [1, 2, 3]
+    for record in first_run.log:
+        assert record['clipped'] >= 0
+        assert record['clipped'] <= 1
+
+
+def test_config_json_holds_flags_and_network(first_run):
+    config = read_json(first_run.folder / 'config.json')
+    assert config['batch_size'] == 2
+    assert config['frames_per_output'] == model.Config(1).frames_per_output
+
+
+@pytest.mark.parametrize('key,split', [('plateaus', 'train'), ('valid_plateaus', 'valid')])
+def test_config_json_holds_the_plateaus(key, split, first_run, corpus):
+    network, alphabet, _ = model.load_checkpoint(first_run.folder / 'best.pt')
+    utterances = read_utterances(getattr(corpus, split))
+    data.check_recordings(utterances, {})
+    expected = train.plateaus(utterances, alphabet, network)
+    assert read_json(first_run.folder / 'config.json')[key] == pytest.approx(expected, rel=1e-6)
+
+
+def test_best_pt_is_the_last_of_the_best_epochs(corpus, tmp_path, monkeypatch):
+    """WERs of 50, 30, 30, 40 %: the third epoch's."""
+    wers = iter([50.0, 30.0, 30.0, 40.0])
+    rates = monitor.error_rates(['a'], ['b'])
+
+    def evaluate(task, utterances):
+        sentence = train.Sentence(0, 'a', 'b', '.')
+        return train.Evaluation(1.0, rates | {'wer': next(wers)}, [sentence])
+
+    monkeypatch.setattr(train.Task, 'evaluate', evaluate)
+    results = train_run(tmp_path, *corpus.flags, '--epochs=4', '--num_train_samples=2', *SMALL)
+    best = torch.load(tmp_path / 'best.pt', weights_only=True)
+    last = torch.load(tmp_path / 'last.pt', weights_only=True)
+    assert best['run']['epoch'] == 3
+    assert last['run']['epoch'] == 4
+    assert results['valid']['wer'] == 30
+    assert [record['epoch'] for record in read_log(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_is_not_overwritten(first_run, corpus):
+    message = exit_code(train.main, *corpus.flags, '--run_dir', first_run.folder)
+    assert 'is not empty' in message
+
+
+@pytest.mark.parametrize('workers,tolerance', [(0, 0), (1, 1e-2)])
+def test_a_run_repeats_from_its_seed(workers, tolerance, first_run, corpus, tmp_path):
+    """Bit for bit in the same process.
+
+    Another process may get other last bits from the Fourier transform, and training makes more of
+    them.
+    """
+    train_run(tmp_path / 'again', *corpus.flags, *FIRST_RUN, f'--workers={workers}')
+    losses = [record['train_loss'] for record in first_run.log]
+    again = [record['train_loss'] for record in read_log(tmp_path / 'again')]
+    assert again == pytest.approx(losses, rel=tolerance, abs=0)
+
+
+def test_test_data_is_scored_with_the_best_checkpoint(corpus, tmp_path):
+    results = train_run(tmp_path, *corpus.flags, '--test_data', corpus.valid, '--epochs=2',
+                        '--num_train_samples=8', *SMALL)
+    assert results['test'] == results['valid']
 
 
 def test_training_on_everything_keeps_the_last_checkpoint(corpus, tmp_path):
-    results = train.main([*corpus[:2], '--valid_data=none', '--test_data', corpus[3], '--epochs=1',
-                          '--run_dir', str(tmp_path / 'run')])
-    assert results['valid'] is None and results['test']['utterances'] == 6
-    assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == [
-        'clip.wav', 'config.json', 'last.pt', 'log.jsonl', 'results.json']
-    assert torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['run']['test'] == results['test']
+    run = tmp_path / 'run'
+    results = train_run(run, '--train_data', corpus.train, '--valid_data=none', '--test_data',
+                        corpus.valid, '--epochs=1', *SMALL)
+    files = ['clip.wav', 'config.json', 'last.pt', 'log.jsonl', 'results.json', 'test.tsv']
+    checkpoint = torch.load(run / 'last.pt', weights_only=True)
+    assert results['valid'] is None
+    assert results['test']['utterances'] == 6
+    assert sorted(path.name for path in run.iterdir()) == files
+    assert checkpoint['run']['test'] == results['test']
+    assert read_json(run / 'config.json')['valid_plateaus'] is None
 
 
-# ---- speed ----------------------------------------------------------------------------------------------------------
+def test_bad_utterances_end_a_run(broken, corpus, tmp_path):
+    run = tmp_path / 'run'
+    message = exit_code(train.main, '--train_data', broken, '--valid_data', corpus.valid,
+                        '--run_dir', run)
+    for name in UNUSABLE:
+        assert name in message
+    assert not run.exists()
+
+
+def test_bad_utterances_are_left_out(broken, corpus, tmp_path, capsys):
+    train_run(tmp_path / 'run', '--train_data', str(broken), '--valid_data', corpus.valid,
+              '--epochs=1', '--skip_bad', *SMALL)
+    out = capsys.readouterr().out
+    assert '4 broken utterances are left out' in out
+    assert '11 utterances, ' in out
+
+
+# ---- train: the fixes ----------------------------------------------------------------------------
+
+def effect(*flags):
+    """What a fix may change, at the default settings: weights, lengths, optimiser, loop."""
+    args = train.parse_flags(list(flags))
+    torch.manual_seed(0)
+    network = model.Recogniser(train.make_config(args))
+    optimizer, schedule = train.make_optimizer(network, args, 100)
+    weights = dict(network.named_parameters())
+    lstm = network.recurrent[0].forward_lstm
+    return {
+        'output_init': network.head.weight.std().item(),
+        'weight_init': network.deep.projection.weight.std().item(),
+        'upsample': network.output_lengths(torch.arange(1, 9)).tolist(),
+        'dropout': network.dropout.p,
+        'squeeze_excite': 'blocks.0.squeeze_excite.reduce.weight' in weights,
+        'forget_bias': (lstm.bias_ih_l0 + lstm.bias_hh_l0)[256:512].mean().item(),
+        'learning_rate': optimizer.param_groups[0]['lr'],
+        'schedule': type(schedule).__name__,
+        'grad_clip': args.grad_clip,
+        'weight_decay': optimizer.param_groups[0]['weight_decay'],
+        'deep_path': 'early.projection.weight' in weights,
+        'interctc': args.interctc_weight,
+        'output_rate': network.output_lengths(100),
+    }
+
+
+@pytest.mark.parametrize('name', train.FIXES)
+def test_undoing_a_fix_changes_what_it_is_about(name):
+    assert effect('--undo', name)[name] != effect()[name]
+
+
+def test_every_fix_has_its_effect_tested():
+    assert set(effect()) == set(train.FIXES)
+
+
+def test_undo_all_is_everything_before():
+    args = train.parse_flags(['--undo', 'all'])
+    for fix in train.FIXES.values():
+        assert getattr(args, fix.setting) == fix.before
+
+
+def test_undo_ours_leaves_the_fixes_of_the_original():
+    args, today = train.parse_flags(['--undo', 'ours']), train.parse_flags([])
+    config, config_today = train.make_config(args), train.make_config(today)
+    assert config.deep_path == 'alone'
+    assert config.frames_per_output == 1
+    assert args.interctc_weight == 0
+    assert args.learning_rate == today.learning_rate
+    assert config.output_init == config_today.output_init
+
+
+def test_only_takes_back_all_the_others():
+    args = train.parse_flags(['--only', 'dropout', 'schedule'])
+    assert train.make_config(args).dropout == model.Config(1).dropout
+    assert args.schedule == 'onecycle'
+    assert args.grad_clip == 1.0
+    assert train.make_config(args).squeeze_excite
+
+
+def test_a_flag_and_an_undone_fix_must_not_set_the_same():
+    with pytest.raises(data.DataError, match='--dropout sets what undoing dropout sets too'):
+        train.parse_flags(['--undo', 'dropout', '--dropout', '0.1'])
+    with pytest.raises(data.DataError, match='say the same in two ways'):
+        train.parse_flags(['--undo', 'dropout', '--only', 'dropout'])
+
+
+def test_an_unknown_fix_is_answered_with_the_list(capsys):
+    assert exit_code(train.main, '--undo', 'luck') == 2
+    err = capsys.readouterr().err
+    for name in train.FIXES:
+        assert name in err
+
+
+@slow
+@pytest.mark.parametrize('flags', [*(f'--undo {name}' for name in [*train.FIXES, 'all', 'ours']),
+                                   *(f'--only {name}' for name in train.FIXES)])
+def test_every_choice_of_fixes_trains(flags, corpus, tmp_path):
+    results = train_run(tmp_path, *corpus.flags, '--epochs=1', *flags.split())
+    assert results['updates'] == 3
+    assert json.loads((tmp_path / 'log.jsonl').read_text())['nonfinite'] == 0
+
+
+# ---- train: runs survive -------------------------------------------------------------------------
+
+SURVIVOR = ['--epochs=4', '--batch_size=2', '--learning_rate=1e-4', *SMALL]
+
+
+def outcome(folder):
+    """All that a finished run leaves, without the seconds and its name."""
+    def timeless(record):
+        return {key: value for key, value in record.items() if not key.endswith('seconds')}
+
+    weights = {}
+    for file in 'best.pt', 'last.pt':
+        for name, weight in torch.load(folder / file, weights_only=True)['model'].items():
+            weights[f'{file} {name}'] = weight.numpy().tobytes()
+    return {
+        'log': [timeless(record) for record in read_log(folder)],
+        'results': timeless(read_json(folder / 'results.json')),
+        'weights': weights,
+        'sentences': [(folder / file).read_text() for file in ('valid.tsv', 'test.tsv')],
+        'clip': (folder / 'clip.wav').read_bytes(),
+        'files': sorted(path.name for path in folder.iterdir()),
+    }
+
+
+def start_training(*flags, **options):
+    """python train.py ... in a process of its own, with one thread."""
+    return subprocess.Popen([sys.executable, train.__file__, *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {'OMP_NUM_THREADS': '1'}, **options)
+
+
+@pytest.fixture(scope='session')
+def uninterrupted(corpus, tmp_path_factory):
+    """A run of its own process that nobody ends -> (its flags, its outcome, its seconds)."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    flags = [*corpus.flags, '--test_data', corpus.valid, *SURVIVOR]
+    start = time.monotonic()
+    process = start_training(*flags, '--run_dir', folder)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    return flags, outcome(folder), time.monotonic() - start
+
+
+def kill_at(process, folder, kill_signal, rng, seconds):
+    """End a run: half of the times at a random moment, else while it writes a file."""
+    while process.poll() is None and not (folder / 'config.json').exists():
+        time.sleep(0.01)
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0, seconds / 2))
+    else:
+        files = rng.randint(1, 10)
+        before = set()
+        while process.poll() is None and len(before) < files:
+            before |= {(path.name, path.stat(follow_symlinks=False).st_ino)
+                       for path in folder.glob('unfinished.*') if path.exists()}
+        time.sleep(rng.uniform(0, 0.003))
+    process.send_signal(kill_signal)
+    return process.communicate()[1]
+
+
+def survive(uninterrupted, folder, kill_signal, rng):
+    """Kill a run twice and let it finish; it must leave what the uninterrupted one leaves."""
+    flags, expected, seconds = uninterrupted
+    command = [*flags, '--run_dir', folder]
+    for _ in range(2):
+        err = kill_at(start_training(*command), folder, kill_signal, rng, seconds)
+        assert err.count('\n') <= 1, err
+        command = ['--resume', folder]
+    process = start_training(*command)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    for key, value in outcome(folder).items():
+        assert value == expected[key], key
+
+
+@pytest.mark.parametrize('kill_signal', [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(kill_signal, uninterrupted, tmp_path):
+    survive(uninterrupted, tmp_path / 'run', kill_signal, random.Random(int(kill_signal)))
+
+
+@slow
+def test_forty_killed_runs_go_on_as_if_nothing_had_been(uninterrupted, tmp_path):
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    for i in range(40):
+        survive(uninterrupted, tmp_path / f'{i}', signals[i % 3], random.Random(i))
+
+
+def stop_after(epochs, monkeypatch):
+    """Have training in this process stop, as by Ctrl-C, when this many epochs are done."""
+    whole_epoch = train.Learner.train
+
+    def stopping(learner, epoch):
+        if epoch > epochs:
+            raise KeyboardInterrupt
+        return whole_epoch(learner, epoch)
+
+    monkeypatch.setattr(train.Learner, 'train', stopping)
+
+
+@pytest.fixture
+def stopped(corpus, tmp_path, monkeypatch):
+    """The folder of a run that was stopped after the second of three epochs."""
+    folder = tmp_path / 'run'
+    with monkeypatch.context() as context:
+        stop_after(2, context)
+        message = exit_code(train.main, *corpus.flags, '--epochs=3', '--dropout=0.2', *SMALL,
+                            '--run_dir', folder)
+    assert message == f'train.py: stopped; to go on: python train.py --resume {folder}'
+    return folder
+
+
+def test_a_resumed_run_has_its_own_settings(stopped):
+    assert exit_code(train.main, '--resume', stopped, '--dropout=0.3').endswith(
+        '--dropout 0.3 contradicts the run, which has 0.2; leave it away')
+    message = exit_code(train.main, '--resume', stopped, '--epochs=5')
+    assert f'--init_from {stopped}/last.pt starts a new run' in message
+    results = train.main(['--resume', str(stopped), '--dropout=0.2'])
+    assert results['updates'] == 9
+
+
+def test_a_finished_run_says_so(stopped, capsys):
+    train.main(['--resume', str(stopped)])
+    train.main(['--resume', str(stopped)])
+    assert 'is finished: nothing is left to do' in capsys.readouterr().out
+
+
+def test_data_that_changed_is_named(stopped, corpus, monkeypatch):
+    """The validation texts, all but one of them: another corpus."""
+    whole = data.read_corpus
+
+    def shorter(path, split='train'):
+        utterances, faults = whole(path, split)
+        return (utterances[1:] if split == 'valid' else utterances), faults
+
+    monkeypatch.setattr(data, 'read_corpus', shorter)
+    message = exit_code(train.main, '--resume', stopped)
+    assert 'the utterances for valid are no longer those of the run' in message
+
+
+def test_a_run_stopped_in_its_first_epoch_begins_anew(corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as context:
+        stop_after(0, context)
+        exit_code(train.main, *corpus.flags, '--epochs=1', *SMALL, '--run_dir', tmp_path / 'run')
+    assert train.main(['--resume', str(tmp_path / 'run')])['updates'] == 3
+
+
+def test_a_damaged_state_is_named(stopped):
+    (stopped / 'state.pt').write_bytes(b'x')
+    message = exit_code(train.main, '--resume', stopped)
+    assert 'state.pt: cannot be resumed from' in message
+
+
+def test_two_runs_cannot_share_a_folder(corpus, tmp_path):
+    """Started at once, one of them is told."""
+    runs = [start_training(*corpus.flags, '--epochs=1', *SMALL, '--run_dir', tmp_path / 'run')
+            for _ in range(2)]
+    errors = [run.communicate()[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1]
+    assert re.search('another run is at work there|is not empty', ''.join(errors))
+
+
+def test_default_folders_have_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, 'strftime', lambda form: 'runs/now')
+    with contextlib.ExitStack() as held:
+        names = [train.make_folder(None, held).name for _ in range(3)]
+    assert names == ['now', 'now-2', 'now-3']
+
+
+def test_a_full_disk_ends_a_run_in_a_line(corpus, tmp_path):
+    """Files of 200 kB at most: state.pt has no room; what was there before it stays."""
+    resource = pytest.importorskip('resource')
+
+    def small_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    folder = tmp_path / 'run'
+    run = start_training(*corpus.flags, '--epochs=1', *SMALL, '--run_dir', folder,
+                         preexec_fn=small_disk)
+    _, err = run.communicate()
+    assert run.returncode == 1
+    assert err.count('\n') == 1
+    assert 'state.pt' in err
+    assert f'--resume {folder}' in err
+    assert [path.name for path in folder.iterdir()] == ['config.json']
+    assert train.main(['--resume', str(folder)])['updates'] == 3
+
+
+def test_a_closed_pipe_ends_a_run_in_a_line(corpus, tmp_path):
+    run = start_training(*corpus.flags, '--epochs=1', *SMALL, '--run_dir', tmp_path / 'run')
+    run.stdout.close()
+    err = run.stderr.read()
+    assert run.wait() == 1
+    assert err.count('\n') == 1
+    assert 'Broken pipe' in err
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    (tmp_path / 'file').write_text('before')
+    with pytest.raises(ZeroDivisionError), data.whole_file(tmp_path / 'file') as file:
+        file.write(b'half of wh')
+        raise ZeroDivisionError
+    assert (tmp_path / 'file').read_text() == 'before'
+    with data.whole_file(tmp_path / 'file') as file:
+        file.write(b'after')
+    assert (tmp_path / 'file').read_text() == 'after'
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+@pytest.mark.parametrize('samples,first_lost,complaint', [
+    (20, 2, '10 updates in a row had gradients that are not finite'),
+    (4, 0, 'no update of the epoch had finite gradients')])
+def test_lost_updates_end_a_run(samples, first_lost, complaint, corpus, tmp_path, monkeypatch):
+    clip = monitor.Gradients.clip
+
+    def losing(gradients, maximum):
+        clip(gradients, maximum)
+        return gradients.updates <= first_lost
+
+    monkeypatch.setattr(monitor.Gradients, 'clip', losing)
+    message = exit_code(train.main, *corpus.flags, f'--num_train_samples={samples}',
+                        '--batch_size=1', '--epochs=1', *SMALL, '--run_dir', tmp_path / 'run')
+    assert complaint in message
+    assert '.wav' in message
+    assert 'lower --learning_rate' in message
+
+
+# ---- train: weights of another run ---------------------------------------------------------------
+
+def test_a_run_can_start_from_anothers_weights(first_run, corpus, tmp_path):
+    train_run(tmp_path / 'run', *corpus.flags, '--epochs=1', '--learning_rate=0', '--init_from',
+              str(first_run.folder / 'best.pt'))
+    before = torch.load(first_run.folder / 'best.pt', weights_only=True)['model']
+    after = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['model']
+    for name in 'head.weight', 'gate', 'recurrent.1.forward_lstm.weight_hh_l0':
+        assert torch.equal(before[name], after[name]), name
+
+
+def test_another_alphabet_gets_a_new_head(first_run, tmp_path, capsys):
+    manifest = str(write_corpus(tmp_path / 'c', ['ab', 'ba']))
+    train_run(tmp_path / 'run', '--train_data', manifest, '--valid_data', manifest, '--epochs=1',
+              '--learning_rate=0', '--init_from', str(first_run.folder / 'best.pt'))
+    before = torch.load(first_run.folder / 'best.pt', weights_only=True)['model']
+    after = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['model']
+    assert 'the head is new' in capsys.readouterr().out
+    assert torch.equal(before['gate'], after['gate'])
+    assert before['head.weight'].shape != after['head.weight'].shape
+
+
+def test_weights_of_another_network_are_refused(first_run, corpus):
+    message = exit_code(train.main, *corpus.flags, '--hidden=8', '--init_from',
+                        first_run.folder / 'best.pt')
+    assert message.endswith('it has hidden 256; give it the same')
+
+
+# ---- train: scoring ------------------------------------------------------------------------------
+
+def test_what_was_said_and_heard_is_left(first_run, corpus):
+    header, *lines = (first_run.folder / 'valid.tsv').read_text().splitlines()
+    sentences = [line.split('\t') for line in lines]
+    said = [text for _, text, _ in sentences]
+    heard = [text for _, _, text in sentences]
+    rates = monitor.error_rates(said, heard)
+    assert header == 'file\tsaid\theard'
+    assert sorted(said) == sorted(u.text for u in read_utterances(corpus.valid))
+    assert rates['wer'] == first_run.results['valid']['wer']
+
+
+def test_a_checkpoint_is_scored_on_any_corpus(first_run, corpus, tmp_path):
+    results = train_run(tmp_path / 'score', '--evaluate', str(first_run.folder / 'best.pt'),
+                        '--test_data', corpus.valid)
+    assert results['test'] == first_run.results['valid']
+    assert (tmp_path / 'score' / 'test.tsv').read_text() == (
+        first_run.folder / 'valid.tsv').read_text()
+
+
+def test_scoring_needs_a_corpus(first_run):
+    message = exit_code(train.main, '--evaluate', first_run.folder / 'best.pt')
+    assert '--evaluate needs --test_data' in message
+
+
+# ---- train: the verdict of --overfit -------------------------------------------------------------
+
+def test_overfit_stops_when_all_is_learnt(by_heart):
+    log = read_log(by_heart.folder)
+    assert log[-1]['cer'] == 0
+    assert len(log) < 20
+
+
+def test_overfit_says_what_was_not_learnt(corpus, tmp_path):
+    message = exit_code(train.main, '--train_data', corpus.train, '--valid_data=none',
+                        '--overfit=3', '--epochs=1', '--learning_rate=1e-9', '--batch_size=2',
+                        '--run_dir', tmp_path / 'run', *SMALL)
+    assert 'NOT LEARNT' in message
+
+
+# ---- train: two processes ------------------------------------------------------------------------
+
+def weight_distance(a, b):
+    """Between two state dicts, over all that is no count of batches."""
+    distances = [(a[name] - b[name]).norm() for name in a if 'num_batches' not in name]
+    return sum(distances).item()
+
 
 def test_two_processes_train_as_one(corpus, tmp_path):
-    """torchrun's two processes average their gradients: without dropout and with batch norm's statistics of the whole
-    batch in both (every utterance twice), they take the steps of one process."""
-    rows = Path(corpus[1]).read_text().splitlines()
-    doubled = Path(corpus[1]).parent / 'doubled.jsonl'
-    doubled.write_text('\n'.join(row for row in rows[:4] for _ in range(2)))
-    flags = ['--train_data', str(doubled), '--valid_data', corpus[3], '--epochs=2', '--batch_size=8', '--dropout=0',
-             '--no-speed_perturb', '--run_dir', str(tmp_path / 'two')]
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                          train.__file__, *flags], capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.count('epoch   2') == 1, run.stderr
-    results = train.main([*flags[:-1], str(tmp_path / 'one')])
-    assert json.loads((tmp_path / 'two' / 'results.json').read_text())['updates'] == results['updates'] == 2
-    one, two = (torch.load(tmp_path / name / 'last.pt', weights_only=True)['model'] for name in ('one', 'two'))
-    change = sum((one[name] - parameter).norm() for name, parameter in recogniser().named_parameters()
-                 if one[name].shape == parameter.shape)
-    assert sum((one[name] - two[name]).norm() for name in one if 'num_batches' not in name) < 0.01 * change
+    """torchrun's two processes average their gradients.
 
+    All utterances share one recording, so that batch norm has the same statistics in both, and
+    differ in their texts, so that each has gradients of its own. Without dropout, both take the
+    steps of one process.
+    """
+    recording = Path(corpus.train).parent / '0.wav'
+    manifest = tmp_path / 'manifest.jsonl'
+    write_lines(manifest, [json_row(str(recording), text) for text in random_texts(8, 4)])
+    flags = ['--train_data', str(manifest), '--valid_data', corpus.valid, '--epochs=2',
+             '--batch_size=8', '--dropout=0', '--no-speed_perturb', *SMALL]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               train.__file__, *flags, '--run_dir', str(tmp_path / 'two')]
+    two = subprocess.run(command, capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count('epoch   2') == 1
+    results = train_run(tmp_path / 'one', *flags)
+    assert results['updates'] == 2
+    assert read_json(tmp_path / 'two' / 'results.json')['updates'] == 2
+    by_one = torch.load(tmp_path / 'one' / 'last.pt', weights_only=True)
+    by_two = torch.load(tmp_path / 'two' / 'last.pt', weights_only=True)
+    untrained = make_network(vocab_size=len(by_one['alphabet']), hidden=16, **FAST)
+    change = weight_distance(by_one['model'], untrained.state_dict())
+    assert weight_distance(by_one['model'], by_two['model']) < 0.01 * change
+
+
+@slow
+def test_two_processes_resume_and_end_together(corpus, tmp_path):
+    """One killed ends both within ten seconds; the run then goes on as one that was not ended."""
+    flags = [*corpus.flags, '--test_data', corpus.valid, *SURVIVOR]
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                train.__file__]
+    options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True,
+               'env': os.environ | {'OMP_NUM_THREADS': '1'}}
+    whole = subprocess.run([*torchrun, *flags, '--run_dir', tmp_path / 'whole'], **options)
+    assert whole.returncode == 0, whole.stderr
+    run = subprocess.Popen([*torchrun, *flags, '--run_dir', tmp_path / 'run'], **options)
+    while not (tmp_path / 'run' / 'state.pt').exists():
+        time.sleep(0.01)
+    children = subprocess.run(['pgrep', '-P', str(run.pid)], capture_output=True, text=True)
+    victim = int(children.stdout.split()[-1])
+    start = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    run.communicate()
+    assert time.monotonic() - start < 10
+    resumed = subprocess.run([*torchrun, '--resume', tmp_path / 'run'], **options)
+    assert resumed.returncode == 0, resumed.stderr
+    expected = outcome(tmp_path / 'whole')
+    for key, value in outcome(tmp_path / 'run').items():
+        assert value == expected[key], key
+
+
+def test_an_error_in_the_data_is_said_once(corpus):
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                          '--nproc_per_node=2', train.__file__, '--train_data=nowhere.jsonl'],
+                         capture_output=True, text=True)
+    assert run.stderr.count('nowhere.jsonl: cannot be read as a corpus') == 1
+
+
+# ---- train: speed --------------------------------------------------------------------------------
 
 def test_benchmark_prints_one_object(corpus, tmp_path, capsys):
-    result = train.main([*corpus, '--benchmark', '--json', '--run_dir', str(tmp_path / 'run')])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result and not (tmp_path / 'run').exists()
-    assert all(value > 0 for value in result.values()) and result['padding in training, %'] < 30
-    train.main([*corpus, '--benchmark'])
+    run = tmp_path / 'run'
+    result = train_run(run, *corpus.flags, '--benchmark', '--json', *SMALL)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(last) == result
+    assert not run.exists()
+    for key, value in result.items():
+        assert value > 0, key
+    assert result['padding in training, %'] < 30
+
+
+def test_benchmark_prints_a_table(corpus, capsys):
+    train.main([*corpus.flags, '--benchmark', '--num_train_samples=8', *SMALL])
     assert 'inference, batch 16' in capsys.readouterr().out
 
 
 class PackedLSTM(nn.LSTM):
+    """A bidirectional layer as in textbooks, on packed sequences."""
+
+    def __init__(self, layer):
+        """layer: the BiLSTM whose weights it takes."""
+        lstm = layer.forward_lstm
+        super().__init__(lstm.input_size, lstm.hidden_size, batch_first=True, bidirectional=True)
+        weights = layer.forward_lstm.state_dict()
+        for name, weight in layer.backward_lstm.state_dict().items():
+            weights[f'{name}_reverse'] = weight
+        self.load_state_dict(weights)
+
     def forward(self, x, lengths):
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        return nn.utils.rnn.pad_packed_sequence(super().forward(packed)[0], True, total_length=x.shape[1])[0]
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True,
+                                                   enforce_sorted=False)
+        states, _ = super().forward(packed)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(states, batch_first=True,
+                                                     total_length=x.shape[1])
+        return padded
+
+
+def timed_epoch(network, batches):
+    """-> (the loss of the first batch, the seconds of a pass over all)."""
+    args = train.parse_flags([])
+    optimizer, schedule = train.make_optimizer(network, args, 100)
+    gradients = monitor.Gradients(network, train.PARTS)
+    outputs = monitor.Outputs(18, 1)
+
+    def update(batches):
+        return train.train_epoch(network, batches, optimizer, schedule, gradients, outputs, args)
+
+    loss = update(batches[:1])
+    start = time.perf_counter()
+    update(batches)
+    return loss, time.perf_counter() - start
 
 
 @slow
-@pytest.mark.parametrize('frames_per_output,times', [(4, 2), (1, 4)])
+@pytest.mark.parametrize('frames_per_output,times', [(4, 2), (2, 3), (1, 4)])
 def test_an_update_is_faster_than_in_textbook_form(frames_per_output, times, tmp_path, monkeypatch):
-    """The same network with nn.LSTM(bidirectional=True) on packed sequences and PyTorch's default memory format, on
-    the same batches of the built-in corpus: both get the same gradients, one gets them later."""
+    """The same network with packed sequences and PyTorch's default memory format.
+
+    On the same batches of the built-in corpus both get the same gradients, one gets them later.
+    """
     monkeypatch.chdir(tmp_path)
-    speech = data.Speech(data.read_corpus(data.builtin_corpus()['train'])[0], ['', ' ', *'efghilnorstuvwxz'])
-    batches = list(train.loader(speech, list(train.training_batches(speech, 8, 1))[:12]))
-    ours, textbook = (recogniser(vocab_size=18, frames_per_output=frames_per_output, dropout=0.0) for _ in range(2))
-    textbook.recurrent = nn.ModuleList(PackedLSTM(size, 256, batch_first=True, bidirectional=True)
-                                       for size in (256, 512))
-    for layer, packed in zip(ours.recurrent, textbook.recurrent):
-        packed.load_state_dict({name + suffix: weight for part, suffix in ((layer.ahead, ''), (layer.back, '_reverse'))
-                                for name, weight in part.state_dict().items()})
-    seconds = []
-    for network in ours, textbook:
-        if network is textbook:
-            network.to(memory_format=torch.contiguous_format)
-            monkeypatch.setattr(torch, 'channels_last', torch.contiguous_format)
-        tools = (*train.make_optimizer(network, train.parse_flags([]), 100), train.parse_flags([]),
-                 monitor.Gradients(network), monitor.Outputs(18, 1), lambda *_: None)
-        loss = train.train_epoch(network, batches[:1], *tools)
-        start = time.perf_counter()
-        train.train_epoch(network, batches, *tools)
-        seconds.append((time.perf_counter() - start, loss))
-    (ours, loss), (textbook, same) = seconds
-    print(f'textbook form {textbook:.1f} s, ours {ours:.1f} s: {textbook / ours:.1f} times')
-    assert same == pytest.approx(loss, rel=1e-4) and textbook > times * ours
+    speech = data.Speech(read_utterances(data.builtin_corpus()['train']),
+                         ['', ' ', *'efghilnorstuvwxz'])
+    batches = list(data.loader(speech, data.training_batches(speech, 8, 0)[:12]))
+    config = {'vocab_size': 18, 'frames_per_output': frames_per_output, 'dropout': 0.0}
+    textbook = make_network(**config)
+    textbook.recurrent = nn.ModuleList(PackedLSTM(layer) for layer in textbook.recurrent)
+    textbook.to(memory_format=torch.contiguous_format)
+    loss, seconds = timed_epoch(make_network(**config), batches)
+    monkeypatch.setattr(torch, 'channels_last', torch.contiguous_format)
+    textbook_loss, textbook_seconds = timed_epoch(textbook, batches)
+    print(f'textbook form {textbook_seconds:.1f} s, ours {seconds:.1f} s')
+    assert textbook_loss == pytest.approx(loss, rel=1e-4)
+    assert textbook_seconds > times * seconds
+
+
+def start_benchmark(manifest):
+    """-> (the first line it prints, when training could start; seconds until then; its result)."""
+    command = [sys.executable, '-u', train.__file__, '--train_data', str(manifest),
+               '--valid_data=none', '--benchmark', '--json']
+    start = time.perf_counter()
+    # From a shell: Linux gives a process the peak memory of the one that it was forked from.
+    process = subprocess.Popen(f'{shlex.join(command)}; true', shell=True, stdout=subprocess.PIPE,
+                               text=True)
+    first = process.stdout.readline()
+    seconds = time.perf_counter() - start
+    rest, _ = process.communicate()
+    return first, seconds, json.loads(rest.splitlines()[-1])
 
 
 @slow
-def test_100_000_utterances_start_within_20_seconds(tmp_path, capsys):
+def test_100_000_utterances_start_within_20_seconds(tmp_path):
     """With durations in the manifest no file is opened before it is needed."""
     text = 'one two three four five six seven'
     wave, _ = data.synthesise(text)
     soundfile.write(tmp_path / 'one.wav', wave, 16000)
-    row, sizes = json.dumps({'audio_filepath': 'one.wav', 'duration': len(wave) / 16000, 'text': text}), []
+    row = json_row('one.wav', text, duration=len(wave) / 16000)
+    peaks = []
     for n in 100, 100_000:
-        (tmp_path / f'{n}.jsonl').write_text(f'{row}\n' * n)
-        start = time.perf_counter()
-        command = [sys.executable, '-u', train.__file__, '--train_data', str(tmp_path / f'{n}.jsonl'), '--benchmark',
-                   '--valid_data=none', '--json']
-        # From a shell: Linux gives a process the peak memory of the one that it was forked from.
-        run = subprocess.Popen(f'{shlex.join(command)}; true', shell=True, stdout=subprocess.PIPE, text=True)
-        assert run.stdout.readline().startswith(f'{n} utterances')  # printed when training could start
-        seconds = time.perf_counter() - start
-        sizes.append(json.loads(run.communicate()[0].splitlines()[-1])['peak memory, MB'])
-    print(f'{seconds:.0f} s; peak memory {sizes[0]} MB for 100 utterances, {sizes[1]} MB for 100,000')
-    assert seconds < 20 and sizes[1] < sizes[0] + 300
+        write_lines(tmp_path / f'{n}.jsonl', [row] * n)
+        first, seconds, result = start_benchmark(tmp_path / f'{n}.jsonl')
+        assert first.startswith(f'{n} utterances')
+        peaks.append(result['peak memory, MB'])
+    print(f'{seconds:.0f} s; {peaks[0]} MB for 100 utterances, {peaks[1]} MB for 100,000')
+    assert seconds < 20
+    assert peaks[1] < peaks[0] + 300
 
 
-# ---- real recordings ----------------------------------------------------------------------------------------------
+# ---- train: the first command --------------------------------------------------------------------
 
-@pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
+def word_edge_errors(network, alphabet, speaker, text):
+    """Seconds between the words' edges as heard and as spoken, [] where other words were heard."""
+    wave, spans = data.synthesise(text, speaker)
+    words = model.transcribe(network, alphabet, torch.tensor(wave)).words
+    errors = []
+    if [word.text for word in words] == text.split():
+        for word, (_, start, end) in zip(words, spans):
+            errors += [abs(word.start - start), abs(word.end - end)]
+    return errors
+
+
+@slow
+def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
+    """python train.py and the command it prints.
+
+    Then word times of new sentences by unseen speakers, against the synthesiser's own.
+    """
+    monkeypatch.chdir(tmp_path)
+    results = train.main([])
+    promise, command = capsys.readouterr().out.strip().splitlines()[-2:]
+    heard = subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()
+    assert f'("{heard}")' in promise
+    network, alphabet, _ = model.load_checkpoint(shlex.split(command)[-2])
+    untrained = model.Recogniser(network.config)
+    test = data.Speech(read_utterances('corpus/test.jsonl'), alphabet)
+    untrained_wer = train.evaluate(untrained, test).rates['wer']
+    rng = np.random.default_rng(0)
+    errors = []
+    for speaker in range(900, 950):
+        text = ' '.join(rng.choice(list(data.WORDS), 5))
+        errors += word_edge_errors(network, alphabet, speaker, text)
+    print(f'{results}\nuntrained: WER {untrained_wer:.0f} %; median error of {len(errors)} edges '
+          f'{1000 * np.median(errors):.0f} ms')
+    assert results['test']['wer'] <= 3
+    assert results['train_seconds'] <= 180
+    assert untrained_wer >= 99
+    assert len(errors) > 400
+    assert np.median(errors) <= 0.08
+
+
+# ---- real recordings -----------------------------------------------------------------------------
+
+@needs_an4
 def test_an4_is_read_whole():
-    """Counts of the corpus's own documentation, letters alone in the alphabet, CTC's lines where English has them."""
-    fit = data.read_corpus(Path(AN4) / 'train.jsonl')[0]
-    alphabet = data.make_alphabet(fit)
-    assert len(fit) == 948 and ''.join(alphabet) == ' abcdefghijklmnopqrstuvwxyz'
-    assert not data.unlearnable(fit, alphabet, 4) and len(data.unlearnable(fit, alphabet, 8)) > 40
-    for u in fit[::100]:
-        assert math.ceil(len(data.resample(*data.read_audio(u.path), data.SAMPLE_RATE)) / 160) == u.frames
-    lines = monitor.plateau_lines([data.encode(u.text, alphabet) for u in fit[::5]],
-                                  torch.tensor([math.ceil(u.frames / 4) for u in fit[::5]]), len(alphabet))
-    assert lines[0] > 8 and lines[1] == pytest.approx(2.9, abs=0.2)
+    """Counts of the corpus's own documentation, letters alone in the alphabet."""
+    utterances = read_utterances(Path(AN4) / 'train.jsonl')
+    alphabet = data.make_alphabet(utterances)
+    assert len(utterances) == 948
+    assert ''.join(alphabet) == ' abcdefghijklmnopqrstuvwxyz'
+    assert not data.unlearnable(utterances, alphabet, 4)
+    assert len(data.unlearnable(utterances, alphabet, 8)) > 40
+    for u in utterances[::100]:
+        assert math.ceil(len(data.read_wave(u.path)) / 160) == u.frames  # not decoded yet
+    data.check_recordings(utterances[::100], {})
+    for u in utterances[::100]:
+        assert len(data.features(data.read_wave(u.path)).mels) == u.frames
 
 
-@pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
+@needs_an4
+def test_an4_has_its_plateaus_where_english_has_them():
+    utterances = read_utterances(Path(AN4) / 'train.jsonl')
+    alphabet = data.make_alphabet(utterances)
+    targets = [data.encode(u.text, alphabet) for u in utterances[::5]]
+    outputs = torch.tensor([math.ceil(u.frames / 4) for u in utterances[::5]])
+    uniform, constant = monitor.plateau_lines(targets, outputs, len(alphabet))
+    assert uniform > 8
+    assert constant == pytest.approx(2.9, abs=0.2)
+
+
+@needs_an4
+def test_an4_in_every_form_gives_the_same_batches(tmp_path):
+    assert_same_batches(read_utterances(Path(AN4) / 'dev.jsonl'), tmp_path)
+
+
+@needs_an4
+@torch.no_grad()
 def test_an4_a_clip_alone_equals_itself_in_a_batch():
-    us = data.read_corpus(Path(AN4) / 'dev.jsonl')[0][:4]
-    speech = data.Speech(us, data.make_alphabet(us))
-    network = shaken('fixed', FULL)
-    with torch.no_grad():
-        mels, lengths, *_ = train.collate([speech[0, i] for i in range(4)])
-        together, n = network(mels, lengths)
-        for i in range(4):
-            mels, lengths, *_ = train.collate([speech[0, i]])
-            alone, _ = network(mels, lengths)
-            assert torch.allclose(alone[0, :n[i]], together[i, :n[i]], atol=1e-4)
+    utterances = read_utterances(Path(AN4) / 'dev.jsonl')[:4]
+    speech = data.Speech(utterances, data.make_alphabet(utterances))
+    network = shaken_network({})
+    batch = data.collate([speech[0, i] for i in range(4)])
+    together, n = network(batch.mels, batch.lengths)
+    for i in range(4):
+        single = data.collate([speech[0, i]])
+        alone, _ = network(single.mels, single.lengths)
+        assert torch.allclose(alone[0, :n[i]], together[i, :n[i]], atol=1e-4)

@@ -3,10 +3,15 @@
     python train.py                                           the built-in corpus
     python train.py --train_data my/train.tsv --epochs 40     your own recordings
     python train.py --train_data my/train.tsv --overfit 10    the first experiment with new data
- A run folder holds config.json (flags, network, plateau lines), log.jsonl (one JSON object an
-epoch), best.pt (lowest validation WER), last.pt, and at the end results.json and clip.wav, a
-recording to transcribe. Losses are CTC in nats per label: each utterance's negative log-likelihood
-divided by its number of labels, averaged over utterances.
+    python train.py --undo dropout forget_bias                take fixes back, to see their worth
+    python train.py --resume runs/...                         go on with a run that was ended
+    python train.py --evaluate best.pt --test_data my/test.tsv
+
+A run folder holds config.json (flags, network, plateau lines), log.jsonl (one JSON object an epoch),
+best.pt (lowest validation WER), last.pt, state.pt (all that --resume needs, gone at the end), and at
+the end results.json, what was said and heard (valid.tsv, test.tsv) and clip.wav, a recording to
+transcribe. Losses are CTC in nats per label: each utterance's negative log-likelihood divided by its
+number of labels, averaged over utterances.
 
 References: Smith & Topin 2019 (OneCycle); Loshchilov & Hutter 2019 (AdamW); Lee & Watanabe 2021
 (intermediate CTC).
@@ -29,7 +34,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -46,6 +50,8 @@ except ImportError:  # Windows
 EVALUATION_BATCH = 16   # utterances
 CHECK_UP_TO = 5000      # utterances; of more, files are decoded beforehand only with --skip_bad
 OVERFIT_UPDATES = 25    # at least, in an epoch of --overfit
+SHAPING = ('n_mels', 'blocks', 'deep_path', 'upsample', 'squeeze_excite', 'projection', 'hidden',
+           'layers')    # fields of model.Config that the weights' shapes depend on
 MOST_LOST = 10          # updates in a row without a finite gradient
 PARTS = {               # of the network, by the names of their parameters
     'backbone': ('stem', 'blocks', 'last', 'early', 'deep', 'gate'),
@@ -402,8 +408,8 @@ def corpus_paths(args: argparse.Namespace) -> dict[str, str | None]:
     if args.train_data is None:
         try:
             paths = data.builtin_corpus()
-        except OSError as error:
-            raise data.DataError(f'corpus/: cannot be written ({error}); mend that, or give '
+        except (OSError, RuntimeError) as error:
+            raise data.DataError(f'corpus/: cannot be written ({error}); correct that, or give '
                                  '--train_data') from None
     else:
         paths = {'train': args.train_data, 'valid': None, 'test': 'none'}
@@ -525,14 +531,6 @@ def check_characters(splits: data.Splits, alphabet: Sequence[str]) -> None:
               *map(repr, unseen))
 
 
-def check_grid(utterances: Sequence[data.Utterance], alphabet: Sequence[str], stride: int) -> None:
-    """Print which utterances have too few frames on the network's coarsest grid."""
-    coarse = data.unlearnable(utterances, alphabet, stride)
-    if coarse:
-        print(f'{len(coarse)} utterances have fewer frames of {10 * stride} ms, the coarsest grid, '
-              'than CTC needs; upsampling hides that:', *(u.path.name for u in coarse))
-
-
 def check_device(args: argparse.Namespace) -> None:
     """Raise DataError where --device names none."""
     try:
@@ -552,17 +550,12 @@ def init_from(network: model.Recogniser, alphabet: Sequence[str], path: str) -> 
     if list(its_alphabet) != list(alphabet):
         print('the head is new: the checkpoint was trained on other characters')
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith('head.')}
-    own = network.state_dict()
-    shapes = {name: tensor.shape for name, tensor in own.items() if not name.startswith('head.')}
-    theirs = {name: tensor.shape for name, tensor in source.state_dict().items()
-              if not name.startswith('head.')}
-    if shapes != theirs:
-        settings = asdict(source.config)
-        differ = [f'--{name} {settings[name]}' for name, value in asdict(network.config).items()
-                  if settings[name] != value and name != 'vocab_size']
-        raise data.DataError(f'--init_from {path}: is another network than the flags make; it has '
-                             f'{", ".join(differ)}')
-    network.load_state_dict(own | weights)
+    differ = [f'{name} {theirs}' for name, theirs in asdict(source.config).items()
+              if name in SHAPING and theirs != getattr(network.config, name)]
+    if differ:
+        raise data.DataError(f'--init_from {path}: is another network than the flags make: it has '
+                             f'{", ".join(differ)}; give it the same')
+    network.load_state_dict(network.state_dict() | weights)
 
 
 def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
@@ -604,26 +597,31 @@ def save_text(text: str, path: Path) -> None:
         file.write(text.encode())
 
 
-def lock(folder: Path) -> None:
-    """Hold a run folder for this process until it ends, however it ends. Raises DataError."""
+def lock(folder: Path, held: contextlib.ExitStack) -> None:
+    """Keep other processes off a run folder until `held` is closed or this one ends, however it ends.
+
+    Raises DataError.
+    """
     if fcntl is None:  # Windows
         return
+    descriptor = os.open(folder, os.O_RDONLY)
+    held.callback(os.close, descriptor)
     try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise data.DataError(f'{folder}: another run is at work there; '
                              'name another --run_dir') from None
 
 
-def make_folder(run_dir: str | None) -> Path:
-    """A folder for a new run, for this process alone: by default, of the time and a free number.
+def make_folder(run_dir: str | None, held: contextlib.ExitStack) -> Path:
+    """A locked folder for a new run: by default, named by the time and a free number.
 
     Raises DataError, OSError.
     """
     if run_dir:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
+        lock(folder, held)
         if any(folder.iterdir()):
             raise data.DataError(f'--run_dir {folder}: is not empty; name another folder, or '
                                  f'--resume {folder}')
@@ -635,11 +633,11 @@ def make_folder(run_dir: str | None) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
-        lock(folder)
+        lock(folder, held)
         return folder
 
 
-def open_run(task: Task) -> Path:
+def open_run(task: Task, held: contextlib.ExitStack) -> Path:
     """The run folder, which holds what the run is; of --resume, seen to be the same. Raises
     DataError."""
     args = task.args
@@ -647,7 +645,7 @@ def open_run(task: Task) -> Path:
     if args.resume:
         folder = Path(args.resume)
         if task.rank == 0:
-            lock(folder)
+            lock(folder, held)
             for split, digest in fingerprint.items():
                 if args.data[split] != digest:
                     raise data.DataError(f'--resume {folder}: the utterances for {split} are no '
@@ -659,7 +657,7 @@ def open_run(task: Task) -> Path:
     if task.rank:
         return Path()
     try:
-        folder = make_folder(args.run_dir)
+        folder = make_folder(args.run_dir, held)
         args.run_dir = str(folder)
         config = vars(args) | asdict(task.network.config)
         config |= {'plateaus': task.lines, 'valid_plateaus': task.valid_lines, 'data': fingerprint}
@@ -742,8 +740,9 @@ class Learner:
         learning_rate = self.schedule.get_last_lr()[0]
 
         def progress(update, loss):
-            monitor.show_progress(before + update, self.updates, loss,
-                                  (time.time() - start) / update)
+            if self.task.rank == 0:
+                monitor.show_progress(before + update, self.updates, loss,
+                                      (time.time() - start) / update)
 
         try:
             loss = train_epoch(self.trained, self.batches(epoch), self.optimizer, self.schedule,
@@ -857,7 +856,8 @@ def save_sentences(path: Path, utterances: Sequence[data.Utterance],
     """Write what was said and heard, a tab-separated line for each utterance. Raises OSError."""
     lines = ['file\tsaid\theard\n']
     for sentence in sentences:
-        lines.append(f'{utterances[sentence.index].path.name}\t{sentence.said}\t{sentence.heard}\n')
+        file = utterances[sentence.index].path.name
+        lines.append(f'{file}\t{sentence.said}\t{sentence.heard}\n')
     save_text(''.join(lines), path)
 
 
@@ -899,8 +899,7 @@ def save_example(path: Path, utterances: Sequence[data.Utterance],
     """Write the longest clip that comes out right, if any does -> its text. Raises OSError."""
     right = [utterances[s.index] for s in sentences if s.said == s.heard]
     u = max(right, key=lambda u: len(u.text), default=utterances[0])
-    with data.whole_file(path) as file:
-        soundfile.write(file, data.read_wave(u.path).numpy(), data.SAMPLE_RATE)
+    data.save_wave(data.read_wave(u.path).numpy(), path)
     return u.text
 
 
@@ -962,9 +961,10 @@ def run(args: argparse.Namespace, rank: int = 0, ranks: int = 1) -> dict | None:
     if args.benchmark:
         return benchmark(task.network, task.train_speech(), args)
     describe_task(task)
-    folder = open_run(task)
-    state = fit(task, folder)
-    return None if rank else finish(task, folder, state)
+    with contextlib.ExitStack() as held:
+        folder = open_run(task, held)
+        state = fit(task, folder)
+        return None if rank else finish(task, folder, state)
 
 
 def wait_for_first() -> None:
@@ -1007,13 +1007,14 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
         count = f'{len(faults)} broken; --skip_bad scores without them'
         raise data.DataError('\n'.join([*faults.values(), count]))
     utterances = [u for u in utterances if u.where not in faults]
-    folder = make_folder(args.run_dir)
     evaluation = evaluate(network.to(args.device), data.Speech(utterances, alphabet), args.device,
                           args.workers)
     results = {'valid': None, 'test': evaluation.rates, 'checkpoint': args.evaluate,
                'test_data': args.test_data, 'train_data': run['train_data']}
-    save_sentences(folder / 'test.tsv', utterances, evaluation.sentences)
-    save_text(json.dumps(results, indent=1) + '\n', folder / 'results.json')
+    with contextlib.ExitStack() as held:
+        folder = make_folder(args.run_dir, held)
+        save_sentences(folder / 'test.tsv', utterances, evaluation.sentences)
+        save_text(json.dumps(results, indent=1) + '\n', folder / 'results.json')
     print_scores('test', evaluation.rates)
     print(f'what was said and heard: {folder / "test.tsv"}')
     return results
@@ -1089,11 +1090,11 @@ def stop(signal_number: int, frame: object) -> None:
 
 
 def how_to_go_on(args: argparse.Namespace | None) -> str:
-    """The command that resumes what the flags began."""
+    """The next step after a run was ended."""
     folder = args and (args.resume or args.run_dir)
     if folder and (Path(folder) / 'config.json').exists():
         return f'to go on: python train.py --resume {folder}'
-    return 'nothing was begun'
+    return 'nothing was begun; start it again'
 
 
 def main(argv: Sequence[str] | None = None) -> dict | None:
@@ -1118,7 +1119,7 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # nobody reads on, and Python would say so twice
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f'train.py: {error}; mend that, then {how_to_go_on(args)}')
+        sys.exit(f'train.py: {error}; when that is put right, {how_to_go_on(args)}')
     except RuntimeError as error:
         if ranks == 1:
             raise
