@@ -14,11 +14,11 @@ output is read.
     BiLSTM x 2   (B, T', 512)
     head         (B, T', V)           linear, then log_softmax in float32; symbol 0 is CTC's blank
 
-A *frame* is 10 ms of mels, an *output* what the network says for frames_per_output of them, a *label*
-one character of the transcript. Every padded tensor travels with its lengths, and whatever looks
-along time looks at valid frames only: in eval mode a clip alone and the same clip in a padded batch
-give the same output. (In training, batch norm's statistics include the padding, of which batches of
-nearly equal lengths have little.)
+A *frame* is 10 ms of mels, an *output* what the network says for frames_per_output of them, a
+*label* one character of the transcript. Every padded tensor travels with its lengths, and whatever
+looks along time looks at valid frames only: in eval mode a clip alone and the same clip in a padded
+batch give the same output. (In training, batch norm's statistics include the padding, of which
+batches of nearly equal lengths have little.)
 
 From Python:
 

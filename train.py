@@ -7,11 +7,11 @@
     python train.py --resume runs/...                         go on with a run that was ended
     python train.py --evaluate best.pt --test_data my/test.tsv
 
-A run folder holds config.json (flags, network, plateau lines), log.jsonl (one JSON object an epoch),
-best.pt (lowest validation WER), last.pt, state.pt (all that --resume needs, gone at the end), and at
-the end results.json, what was said and heard (valid.tsv, test.tsv) and clip.wav, a recording to
-transcribe. Losses are CTC in nats per label: each utterance's negative log-likelihood divided by its
-number of labels, averaged over utterances.
+A run folder holds config.json (flags, network, plateau lines), log.jsonl (one JSON object an
+epoch), best.pt (lowest validation WER), last.pt, state.pt (all that --resume needs, gone at the end),
+and at the end results.json, what was said and heard (valid.tsv, test.tsv) and clip.wav, a recording
+to transcribe. Losses are CTC in nats per label: each utterance's negative log-likelihood divided by
+its number of labels, averaged over utterances.
 
 References: Smith & Topin 2019 (OneCycle); Loshchilov & Hutter 2019 (AdamW); Lee & Watanabe 2021
 (intermediate CTC).
@@ -598,7 +598,7 @@ def save_text(text: str, path: Path) -> None:
 
 
 def lock(folder: Path, held: contextlib.ExitStack) -> None:
-    """Keep other processes off a run folder until `held` is closed or this one ends, however it ends.
+    """Keep other processes off a run folder until `held` is closed, or this one ends by any cause.
 
     Raises DataError.
     """
