@@ -8,10 +8,10 @@
     python train.py --evaluate best.pt --test_data my/test.tsv
 
 A run folder holds config.json (flags, network, plateau lines), log.jsonl (one JSON object an
-epoch), best.pt (lowest validation WER), last.pt, state.pt (all that --resume needs, gone at the end),
-and at the end results.json, what was said and heard (valid.tsv, test.tsv) and clip.wav, a recording
-to transcribe. Losses are CTC in nats per label: each utterance's negative log-likelihood divided by
-its number of labels, averaged over utterances.
+epoch), best.pt (lowest validation WER), last.pt, state.pt (all that --resume needs, gone at the
+end), and at the end results.json, what was said and heard (valid.tsv, test.tsv) and clip.wav, a
+recording to transcribe. Losses are CTC in nats per label: each utterance's negative log-likelihood
+divided by its number of labels, averaged over utterances.
 
 References: Smith & Topin 2019 (OneCycle); Loshchilov & Hutter 2019 (AdamW); Lee & Watanabe 2021
 (intermediate CTC).
