@@ -99,11 +99,15 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def save_wave(wave: np.ndarray, path: str | Path) -> None:
-    """Write a wave (S,) at 16 kHz in the format of the path's suffix. Raises OSError,
-    ValueError."""
+    """Write a wave (S,) at 16 kHz in the format of the path's suffix. Raises DataError,
+    OSError."""
     buffer = io.BytesIO()
     buffer.name = Path(path).name  # tells soundfile the format
-    soundfile.write(buffer, wave, SAMPLE_RATE)
+    try:
+        soundfile.write(buffer, wave, SAMPLE_RATE)
+    except (soundfile.LibsndfileError, TypeError, ValueError):
+        raise DataError(f'{path}: its suffix names no audio format that can be written; '
+                        'use .wav or .flac') from None
     with whole_file(path) as file:
         file.write(buffer.getbuffer())
 
@@ -246,20 +250,18 @@ class Features(NamedTuple):
 def features(wave: Tensor) -> Features:
     """wave (S,) at 16 kHz -> normalised log-mels, from 0.2 s before the speech to 0.2 s behind it.
 
-    Speech is what comes within 35 dB of the voice's level. Silence round it, clicks and loudness
-    leave no trace: what is quieter is raised to the quietest that speech has in each band, and 0.2
-    s of that stand where the clip has less. Each mel band is brought to mean 0 over the speech,
-    which removes the microphone, and all bands together to deviation 1: band by band, those that
-    hold mostly noise would become loud.
-
-    Raises ValueError for a wave without samples.
+    Silence round the speech, clicks and loudness leave no trace, or next to none. Raises ValueError
+    for a wave without samples.
     """
     if not len(wave):
         raise ValueError('a wave without samples has no features; give a longer one')
     mels = repair_clicks(log_mels(wave))
+    # Speech is what comes within 35 dB of the voice's level.
     power = moving_median(mels.logsumexp(1))
     is_speech = power >= voice_level(power) - QUIET
     speech = mels[is_speech]                                             # (N, 80)
+    # What is quieter is raised to the quietest that speech has in each band, and that stands for
+    # the 0.2 s on each side where the clip has less.
     floor = speech.min(0).values
     where = is_speech.nonzero()[:, 0]
     start, end = int(where[0]) - MARGIN, int(where[-1]) + 1 + MARGIN
@@ -267,6 +269,8 @@ def features(wave: Tensor) -> Features:
     silence_behind = floor.expand(max(0, end - len(mels)), -1)
     kept = mels[max(0, start):end].maximum(floor)
     mels = torch.cat([silence_before, kept, silence_behind])
+    # Each band to mean 0 over the speech, which removes the microphone; all together to deviation
+    # 1, for by itself a band that holds mostly noise would become loud.
     mean = speech.mean(0)
     deviation = (speech - mean).std(correction=0)
     return Features((mels - mean) / (deviation + 1e-3), start)
@@ -325,6 +329,12 @@ def outputs_needed(symbols: Sequence[int]) -> int:
     return len(symbols) + repeats
 
 
+def too_short_message(u: Utterance) -> str:
+    """What is wrong with an utterance that CTC cannot learn, and how to fix it."""
+    return (f'{u.path} lasts {u.duration:.2f} s, too short for its {len(u.text)} characters; '
+            'correct or remove it, leave it out with --skip_bad, or lower --frames_per_output')
+
+
 def unlearnable(utterances: Iterable[Utterance], alphabet: Sequence[str],
                 frames_per_output: int) -> list[Utterance]:
     """The utterances that last too short for CTC to say their text.
@@ -372,14 +382,14 @@ class Speech(torch.utils.data.Dataset):
         self.spec_augment = spec_augment
         self.speed_perturb = speed_perturb
 
-    def rng(self, epoch: int, index: int) -> np.random.Generator:
-        """The random numbers of an utterance in an epoch.
+    def rng(self, epoch: int, index: int, *purpose: int) -> np.random.Generator:
+        """The random numbers of an utterance in an epoch, others for each purpose.
 
         Seeded by name and text: it keeps its augmentation in a subset or in another order.
         """
         u = self.utterances[index]
         name = f'{u.path.stem} {u.text}'
-        return np.random.default_rng([self.seed, epoch, zlib.crc32(name.encode())])
+        return np.random.default_rng([self.seed, epoch, zlib.crc32(name.encode()), *purpose])
 
     def speed(self, epoch: int, index: int) -> int:
         """The speed of an utterance in an epoch, in per cent of the recording's own."""
@@ -389,17 +399,16 @@ class Speech(torch.utils.data.Dataset):
         epoch, index = item
         u = self.utterances[index]
         target = encode(u.text, self.alphabet)
-        shortest = (outputs_needed(target) - 1) * self.frames_per_output  # frames; CTC needs more
+        too_short = (outputs_needed(target) - 1) * self.frames_per_output  # frames
         wave = resample(*load_utterance(u), SAMPLE_RATE)
         # At 110 %, 110 samples become 100: faster and higher.
         mels, _ = features(resample(wave, self.speed(epoch, index), 100))
-        if len(mels) <= shortest:
+        if len(mels) <= too_short:
             mels, _ = features(wave)
-        if len(mels) <= shortest:
-            raise DataError(f'{u.where}: {u.path} is too short for its {len(target)} labels; '
-                            'correct or remove it')
+        if len(mels) <= too_short:
+            raise DataError(f'{u.where}: {too_short_message(u)}')
         if self.spec_augment:
-            mels = spec_augment(mels, self.rng(epoch, index))
+            mels = spec_augment(mels, self.rng(epoch, index, 1))
         return mels, torch.tensor(target), index
 
 
@@ -433,7 +442,7 @@ def training_batches(speech: Speech, batch_size: int, epoch: int, rank: int = 0,
 
     The utterances of a batch have nearly equal lengths at the speed at which they are played, so
     that one meets others every epoch. Of several processes (ranks), each takes its share of every
-    batch, never an empty one.
+    batch; one without a share repeats the batch's first utterance.
     """
     rng = np.random.default_rng([speech.seed, epoch])
     frames = [u.frames / speech.speed(epoch, i) for i, u in enumerate(speech.utterances)]
@@ -566,8 +575,10 @@ def parse_row(row: dict | str, folder: Path, where: str) -> Utterance:
             row = json.loads(row)
         except json.JSONDecodeError as error:
             raise DataError(f'is not a line of JSON: {error}; correct or remove it') from None
-    if not isinstance(row, dict) or None in row:
-        raise DataError('is no JSON object, or has more fields than the header: quote its text')
+    if not isinstance(row, dict):
+        raise DataError('is no JSON object {...}; correct or remove it')
+    if None in row:
+        raise DataError('has more columns than the header; put quotes round a text with a comma')
     fields = {}
     for field, names in FIELDS.items():
         given = [row[name] for name in names if row.get(name) is not None]
@@ -696,8 +707,7 @@ def read_splits(train: str, valid: str | None, test: str | None, seed: int,
     if len(everything) <= check_up_to:
         faults |= check_recordings(everything, problems)
     for u in unlearnable(sides['train'], make_alphabet(sides['train']), frames_per_output):
-        faults.setdefault(u.where, f'{u.where}: {u.path} has fewer outputs than labels and '
-                                   'repeats; correct or remove it, or lower --frames_per_output')
+        faults.setdefault(u.where, f'{u.where}: {too_short_message(u)}')
     for split, side in sides.items():
         sides[split] = [u for u in side if u.where not in faults]
     choice = ''
@@ -1067,11 +1077,14 @@ def inspect_corpus(path: str, valid_data: str | None) -> None:
         outputs = torch.tensor([math.ceil(u.frames / frames_per_output) for u in splits.train])
         describe_corpus(splits.train, splits.valid, alphabet,
                         monitor.plateau_lines(targets, outputs, len(alphabet)))
-    print(splits.choice)
+    if splits.choice:
+        print(splits.choice)
     for problem, names in splits.problems.items():
         print(f'{len(names)} files {problem}: {" ".join(names)}')
     if splits.faults or not splits.train or not (splits.valid or valid_data):
         summary = f'{len(splits.faults)} faults, {len(splits.train)} utterances left for training'
+        if splits.train and not splits.valid:
+            summary += ', none for validation; give more, or --valid_data'
         raise DataError('\n'.join([summary, *splits.faults.values()]))
 
 
@@ -1097,8 +1110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                   *recording_problems(wave, rate), sep='\n')
         else:
             inspect_corpus(args.path, args.valid_data)
-    except (soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
-        sys.exit(f'data.py: {args.path}: {error}; give another path')
+    except OSError as error:
+        sys.exit(f'data.py: {args.path}: {error.strerror}; give another path')
     except DataError as error:
         sys.exit(f'data.py: {error}')
 

@@ -231,7 +231,7 @@ class Bottleneck(nn.Module):
         self.squeeze_excite = None
         if spec.squeeze_excite and squeeze_excite:
             self.squeeze_excite = SqueezeExcite(spec.expanded)
-        self.project = ConvNorm(spec.expanded, spec.channels)
+        self.project = ConvNorm(spec.expanded, spec.channels)  # the block's, not Config.projection
         self.residual = c_in == spec.channels and stride == (1, 1)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,25 +247,26 @@ class Bottleneck(nn.Module):
 
 def upsample(x: Tensor, lengths: Tensor, stride: int, frames_per_output: int,
              outputs: int) -> Tensor:
-    """Interpolate features on a coarse grid linearly to the grid of the outputs.
+    """Interpolate features on a coarse grid linearly to the grid of the outputs, aligned in time.
 
-    x (B, T', C), one feature every `stride` mel frames, with lengths (B,) -> (B, outputs, C), one
-    every `frames_per_output` mel frames.
+    x (B, T / stride, C), one feature every `stride` mel frames, with lengths (B,)
+    -> (B, outputs, C), one every `frames_per_output` mel frames.
 
     The ratio is a whole number and the surplus is cropped: F.interpolate(size=outputs) would
     stretch a padded batch by its padded length, and a clip's features would depend on its
-    neighbours. Feature i of x is centred on mel frame i * stride, while align_corners=False puts it
-    at i * stride + (stride - 1) / 2; so the crop starts that delay later, in whole outputs: at most
-    half a mel frame is left of it, and 1.5 of the 4 that an output stands for where there is
-    nothing to interpolate.
+    neighbours. F.interpolate takes feature i for the middle of its `stride` frames, but the
+    convolutions centred it on the first; so its result comes (stride - 1) / 2 mel frames late.
+    Those are dropped, in whole outputs: at most half a mel frame of error is left. Where there is
+    nothing to interpolate, nothing is dropped, and at 4 frames an output a feature sits 1.5 frames
+    before the output's middle.
     """
     ratio = stride // frames_per_output
     if ratio == 1:
         return x[:, :outputs]
     delay = round((stride - 1) / 2 / frames_per_output)
-    x = hold_last(x, lengths).transpose(1, 2)  # (B, C, T' + 1)
+    x = hold_last(x, lengths).transpose(1, 2)  # (B, C, T / stride + 1)
     x = F.interpolate(x, size=x.shape[2] * ratio, mode='linear', align_corners=False)
-    return x[:, :, delay:delay + outputs].transpose(1, 2)
+    return x[:, :, delay:delay + outputs].transpose(1, 2)  # aligned: output t, sound t
 
 
 class BiLSTM(nn.Module):
@@ -340,7 +341,7 @@ class Recogniser(nn.Module):
             self.blocks.append(Bottleneck(channels, spec, config.squeeze_excite))
             channels, bands = spec.channels, strided_length(bands, spec.frequency_stride)
             stride *= spec.time_stride
-            if number == EARLY_BLOCK < config.blocks and config.deep_path == 'gated':
+            if number == EARLY_BLOCK and number < config.blocks and config.deep_path == 'gated':
                 self.early = Branch(channels * bands, stride, config)
                 self.gate = nn.Parameter(torch.full((config.projection,), GATE))
         if config.blocks == len(BLOCKS):
@@ -491,8 +492,7 @@ class Transcript(NamedTuple):
 def word_times(path: Sequence[int], alphabet: list[str], seconds: float) -> list[Word]:
     """The words of one clip's path, from the first output of each to its last.
 
-    Output t stands for the `seconds` around t * seconds: the strided convolutions are centred on
-    their first frame.
+    seconds: what one output stands for; output t begins at t * seconds.
     """
     words = [[]]
     for emission in collapse(path):
@@ -501,8 +501,8 @@ def word_times(path: Sequence[int], alphabet: list[str], seconds: float) -> list
         else:
             words[-1].append(emission)
     return [Word(text=''.join(alphabet[emission.symbol] for emission in word),
-                 start=max(0, word[0].first - 0.5) * seconds,
-                 end=(word[-1].last + 0.5) * seconds) for word in words if word]
+                 start=word[0].first * seconds,
+                 end=(word[-1].last + 1) * seconds) for word in words if word]
 
 
 # ---- checkpoints, and python model.py ------------------------------------------------------------

@@ -253,12 +253,12 @@ class Outputs:
         probabilities = outputs.exp()
         entropy = -(probabilities * outputs).sum(1)                         # (N,)
         best = log_probs.argmax(2).masked_fill(~valid, 0)                   # (B, T')
-        before = F.pad(best[:, :-1], (1, 0))
+        previous = F.pad(best[:, :-1], (1, 0))
         self.outputs += len(outputs)
         self.entropy += entropy.sum().item()
         self.uniform += int(entropy.mean() > UNIFORM_ENTROPY * math.log(self.vocab_size))
-        self.blanks += (outputs.argmax(1) == 0).sum().item()
-        self.emitted += ((best != before) & (best != 0)).sum().item()
+        self.blanks += (best[valid] == 0).sum().item()
+        self.emitted += ((best != previous) & (best != 0)).sum().item()
         self.characters += int(target_lengths.sum())
         # H(mean p) - mean H(p), the mutual information of output and symbol; in the batch, for over
         # an epoch a constant output that drifts would not score 0.
@@ -296,11 +296,11 @@ def gradient_warnings(record: Mapping) -> Iterator[str]:
     """What is wrong with an epoch's gradients, by part."""
     norms = {key.removeprefix('grad_'): norm for key, norm in record.items()
              if key.startswith('grad_') and key not in ('grad_norm', 'grad_norm_max')}
-    largest = max(norms.values())
+    strongest = max(norms, key=norms.get)
     for part, norm in norms.items():
-        if norm < VANISHED * largest:
-            yield (f'vanishing gradient in the {part}: norm {norm:.1e}, elsewhere {largest:.1e}; '
-                   'look at the initialisation of what lies between the two')
+        if norm < VANISHED * norms[strongest]:
+            yield (f'vanishing gradient in the {part}: norm {norm:.1e}, in the {strongest} '
+                   f'{norms[strongest]:.1e}; look at the initialisation of the layers between them')
         elif norm > EXPLODED:
             yield f'exploding gradient in the {part}: norm {norm:.1e}; lower --learning_rate'
 
@@ -326,8 +326,8 @@ def diagnose(record: Mapping) -> list[str]:
                         'utterances can be learnt (train.py --overfit 10)')
     if record['blank'] > BLANKS:
         warnings.append(f"blank collapse: {record['blank']:.1%} of the outputs are blank, "
-                        f"{record['emitted']:.0%} of the characters emitted; usual early on, if it "
-                        'stays, more updates: a smaller --batch_size or more --epochs')
+                        f"{record['emitted']:.0%} of the characters emitted; usual early on. If it "
+                        'stays, make more updates: lower --batch_size or raise --epochs')
     return warnings
 
 
@@ -350,7 +350,8 @@ def advice(log: Sequence[Mapping]) -> Iterator[str]:
         step = ('training is learnt better than validation; more data, a higher --dropout, '
                 'more --epochs')
     else:
-        step = 'still learning; start a new run with more --epochs'
+        step = ('no warning applies; if the last epochs still improved, start a new run with more '
+                '--epochs')
     yield 'how to go on: ' + step
 
 
@@ -378,7 +379,7 @@ def epoch_line(record: Mapping) -> str:
 
 
 def print_epoch(record: Mapping, sentence: tuple[str, str, str] | None) -> None:
-    """Print an epoch's lines; sentence: (said, heard, labels of its outputs), None without any."""
+    """Print an epoch's lines; sentence: (said, heard, symbols of its outputs), None without any."""
     start = '\r' + CLEAR if sys.stderr.isatty() else ''
     print(start + epoch_line(record))
     if sentence:
@@ -422,7 +423,7 @@ class Run(NamedTuple):
 
 def read_log(path: Path) -> tuple[list[dict], bool]:
     """The whole lines of a log.jsonl, and whether its last one was cut off. Raises RunError."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding='utf-8').splitlines()
     log = []
     for number, line in enumerate(lines, 1):
         try:
@@ -436,7 +437,8 @@ def read_log(path: Path) -> tuple[list[dict], bool]:
 
 def read_sentences(path: Path) -> list[list[str]]:
     """A valid.tsv or test.tsv, [file, said, heard] by utterance."""
-    return [line.split('\t') for line in path.read_text().splitlines()[1:]]
+    lines = path.read_text(encoding='utf-8').split('\n')
+    return [line.split('\t') for line in lines[1:] if line]
 
 
 def read_run(folder: str | Path) -> Run:
@@ -510,7 +512,7 @@ def print_spread(runs: Sequence[Run]) -> None:
     for group in groups.values():
         if len(group) > 1:
             rates = torch.tensor([run.rates['wer'] for run in group], dtype=torch.float64)
-            print(f'{", ".join(run.name for run in group)} differ by the seed alone: '
+            print(f'{", ".join(run.name for run in group)}: the same but for the seed: '
                   f'WER {rates.mean():.2f} % on average, standard deviation {rates.std():.2f}')
 
 
@@ -546,7 +548,7 @@ def print_comparison(runs: Sequence[Run]) -> None:
              'minutes']
     print(table([names, *map(score_row, runs)]))
     print_spread(runs)
-    if len(runs) == 2 and runs[0].sentences:
+    if len(runs) == 2 and all(run.sentences for run in runs):
         one, two = runs
         said = [[sentence[:2] for sentence in run.sentences] for run in runs]
         if said[0] == said[1]:
