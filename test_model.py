@@ -25,6 +25,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ['OMP_NUM_THREADS'] = '1'  # the same bits whatever else the machine does
+
 import numpy as np
 import pytest
 import soundfile
@@ -2087,10 +2089,11 @@ def kill_at(process, folder, kill_signal, rng, seconds):
         time.sleep(rng.uniform(0, seconds / 2))
     else:
         files = rng.randint(1, 10)
-        before = set()
-        while process.poll() is None and len(before) < files:
-            before |= {(path.name, path.stat(follow_symlinks=False).st_ino)
-                       for path in folder.glob('unfinished.*') if path.exists()}
+        written = set()
+        while process.poll() is None and len(written) < files:
+            for path in folder.glob('unfinished.*'):
+                with contextlib.suppress(OSError):  # it may be in its place by now
+                    written.add((path.name, path.stat().st_ino))
         time.sleep(rng.uniform(0, 0.003))
     process.send_signal(kill_signal)
     return process.communicate()[1]

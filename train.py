@@ -221,6 +221,8 @@ def add_run_flags(add: Callable) -> None:
     add('--evaluate', metavar='CHECKPOINT',
         help='train nothing; score a checkpoint on --test_data; unset: train')
     add('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
+    add('--threads', type=number(int, 0, 1024), default=0,
+        help='of the CPU; 0: as many as it has cores, or one where other work keeps them busy')
     add('--benchmark', action=SWITCH, default=False,
         help='train nothing; measure the speed of all parts at these settings')
     add('--json', action=SWITCH, default=False,
@@ -970,6 +972,30 @@ def finish(task: Task, folder: Path, state: RunState) -> dict:
 
 # ---- a run ---------------------------------------------------------------------------------------
 
+def fastest_threads() -> int:
+    """As many threads as the CPU has cores, or one where that is faster, by trying both.
+
+    Threads wait for each other in a busy loop: on an idle machine that is 1.5 times as fast as one
+    thread, but where other work holds a core, each waits for one that does not run.
+    OMP_NUM_THREADS, where it is set, decides instead.
+    """
+    most = torch.get_num_threads()
+    if 'OMP_NUM_THREADS' in os.environ or most == 1:
+        return most
+    lstm = nn.LSTM(256, 256, batch_first=True)
+    clips = torch.zeros(8, 100, 256)
+    seconds = {}
+    for threads in (most, 1):
+        torch.set_num_threads(threads)
+        lstm(clips)  # the first time is slower
+        start = time.perf_counter()
+        for _ in range(5):
+            states, _ = lstm(clips)
+            states.sum().backward()
+        seconds[threads] = time.perf_counter() - start
+    return min(seconds, key=seconds.get)
+
+
 def run(args: argparse.Namespace, rank: int = 0, ranks: int = 1) -> dict | None:
     """Train and score as the flags say -> the contents of results.json. Raises DataError, OSError.
 
@@ -979,6 +1005,8 @@ def run(args: argparse.Namespace, rank: int = 0, ranks: int = 1) -> dict | None:
     # Gradients that fade through time become numbers below 1e-38, with which a CPU works many times
     # slower: without this, an update takes 2.5 times as long once the outputs are sharp.
     torch.set_flush_denormal(True)
+    args.threads = args.threads or fastest_threads()
+    torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     if args.evaluate:
         return evaluate_checkpoint(args)
