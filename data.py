@@ -114,7 +114,7 @@ def save_wave(wave: np.ndarray, path: str | Path) -> None:
 
 def show_status(text: str = '') -> None:
     """A live line on a terminal, and nothing elsewhere; '' clears it."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         print(f'\r{text}\x1b[K', end='', file=sys.stderr, flush=True)
 
 

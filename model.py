@@ -522,18 +522,27 @@ def load_checkpoint(path: str | Path) -> tuple[Recogniser, list[str], dict]:
     """
     try:
         checkpoint = torch.load(path, weights_only=True, map_location='cpu')
-        number = checkpoint.get('format', 1)
+        number = checkpoint.get('format', 1) if 'config' in checkpoint else None
     except Exception as error:  # whatever a file that is no checkpoint may raise
         reason = 'no such file' if not os.path.exists(path) else type(error).__name__
         raise CheckpointError(f'{path}: is no checkpoint of train.py ({reason}); give the best.pt '
                               'or last.pt of a run') from None
+    if number is None:
+        raise CheckpointError(f'{path}: is no checkpoint of train.py; give the best.pt or last.pt '
+                              'of a run')
     if number != FORMAT:
         raise CheckpointError(f'{path}: its format is number {number}, this code reads {FORMAT}; '
                               'use the code that wrote it, or train again')
     try:
         network = Recogniser(Config(**checkpoint['config']))
         network.load_state_dict(checkpoint['model'])
-        return network.eval(), checkpoint['alphabet'], checkpoint['run']
+        alphabet, run = checkpoint['alphabet'], checkpoint['run']
+        describe_checkpoint(network, alphabet, run)
+        if len(alphabet) != network.config.vocab_size or set(map(type, alphabet)) != {str}:
+            raise ValueError
+        if not all(weight.isfinite().all() for weight in network.parameters()):
+            raise ValueError
+        return network.eval(), alphabet, run
     except Exception as error:
         raise CheckpointError(f'{path}: is a damaged checkpoint ({type(error).__name__}); give '
                               'another') from None

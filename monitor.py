@@ -145,7 +145,7 @@ def plateau_fraction(loss: float, lines: tuple[float, float]) -> float:
     Reaching 1 is not learning; passing it is.
     """
     uniform, constant = lines
-    return (uniform - loss) / (uniform - constant)
+    return (uniform - loss) / max(uniform - constant, 1e-9)  # equal for texts of one character
 
 
 # ---- gradients and outputs -----------------------------------------------------------------------
@@ -357,6 +357,11 @@ def advice(log: Sequence[Mapping]) -> Iterator[str]:
 
 # ---- lines on the terminal -----------------------------------------------------------------------
 
+def on_terminal() -> bool:
+    """Whether someone sees live lines; standard error may be closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def legend(lines: tuple[float, float]) -> str:
     """What the epochs' lines mean, for the first lines of a run."""
     uniform, constant = lines
@@ -380,7 +385,7 @@ def epoch_line(record: Mapping) -> str:
 
 def print_epoch(record: Mapping, sentence: tuple[str, str, str] | None) -> None:
     """Print an epoch's lines; sentence: (said, heard, symbols of its outputs), None without any."""
-    start = '\r' + CLEAR if sys.stderr.isatty() else ''
+    start = '\r' + CLEAR if on_terminal() else ''
     print(start + epoch_line(record))
     if sentence:
         said, heard, strip = sentence
@@ -393,7 +398,7 @@ def show_progress(update: int, updates: int, loss: float, seconds: float) -> Non
     Updates done and to do in all, the epoch's mean loss so far, the time left at `seconds` an
     update.
     """
-    if sys.stderr.isatty():
+    if on_terminal():
         minutes, rest = divmod(int(seconds * (updates - update)), 60)
         print(f'\rupdate {update}/{updates}  loss {loss:.3f}  {minutes} min {rest:02d} s left',
               end=CLEAR, file=sys.stderr, flush=True)
@@ -452,6 +457,8 @@ def read_run(folder: str | Path) -> Run:
             log, torn = read_log(folder / 'log.jsonl')
         if (folder / 'results.json').exists():
             results = json.loads((folder / 'results.json').read_text())
+        if config and not log:
+            raise RunError(f'{folder}: has no whole epoch yet; wait for the first')
         if not log and not results:
             raise RunError(f'{folder}: holds neither log.jsonl nor results.json of train.py; '
                            'name a run folder')
@@ -476,6 +483,8 @@ def print_run(run: Run) -> None:
             print('the last line of the log is cut off, and left out here')
         if run.log:
             print(*advice(run.log), sep='\n')
+        if run.rates:
+            print(table([SCORES, score_row(run)]))
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f'{run.name}: log.jsonl lacks what train.py writes ({error!r})') from None
 
@@ -486,6 +495,10 @@ def table(rows: Sequence[Sequence]) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*cells)]
     lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)) for row in cells]
     return '\n'.join(line.rstrip() for line in lines)
+
+
+SCORES = ['run', 'scored', 'WER %', 'S', 'I', 'D', 'CER %', 'wrong sentences %', 'best epoch',
+          'minutes']
 
 
 def score_row(run: Run) -> list:
@@ -544,9 +557,7 @@ def print_comparison(runs: Sequence[Run]) -> None:
         rows = [['run', *differ]]
         rows += [[run.name, *(run.settings.get(key) for key in differ)] for run in runs]
         print(table(rows), end='\n\n')
-    names = ['run', 'scored', 'WER %', 'S', 'I', 'D', 'CER %', 'wrong sentences %', 'best epoch',
-             'minutes']
-    print(table([names, *map(score_row, runs)]))
+    print(table([SCORES, *map(score_row, runs)]))
     print_spread(runs)
     if len(runs) == 2 and all(run.sentences for run in runs):
         one, two = runs
@@ -580,8 +591,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         except RunError as error:
             print(f'monitor.py: {error}', file=sys.stderr)
             failed = True
-    if len(runs) > 1:
-        print_comparison(runs)
+    try:
+        if len(runs) > 1:
+            print_comparison(runs)
+    except (KeyError, TypeError, ValueError) as error:
+        sys.exit(f'monitor.py: a run lacks what train.py writes ({error!r}); look at each alone')
     sys.exit(failed)
 
 

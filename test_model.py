@@ -2151,6 +2151,7 @@ def stopped(corpus, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_has_its_own_settings(stopped):
+    assert 'config.json' in [path.name for path in stopped.iterdir()]
     assert exit_code(train.main, '--resume', stopped, '--dropout=0.3').endswith(
         '--dropout 0.3 contradicts the run, which has 0.2; remove this flag')
     message = exit_code(train.main, '--resume', stopped, '--epochs=5')
@@ -2189,6 +2190,51 @@ def test_a_damaged_state_is_named(stopped):
     (stopped / 'state.pt').write_bytes(b'x')
     message = exit_code(train.main, '--resume', stopped)
     assert 'state.pt: cannot be resumed from' in message
+
+
+def test_a_lost_state_is_named(stopped):
+    (stopped / 'state.pt').unlink()
+    message = exit_code(train.main, '--resume', stopped)
+    assert 'state.pt: is gone' in message
+
+
+def test_a_lost_checkpoint_comes_back(stopped):
+    """best.pt too, where an earlier epoch is the best: the state holds it."""
+    (stopped / 'best.pt').unlink()
+    (stopped / 'log.jsonl').unlink()
+    train.main(['--resume', str(stopped)])
+    assert (stopped / 'best.pt').exists()
+    assert [record['epoch'] for record in read_log(stopped)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize('change,complaint', [
+    (lambda config: config | {'learning_rate': 0.1}, 'is not what the run began with'),
+    (lambda config: {key: config[key] for key in config if key != 'seed'}, 'it lacks seed'),
+    (lambda config: [], 'config.json is damaged')])
+def test_settings_that_changed_are_named(change, complaint, stopped):
+    config = read_json(stopped / 'config.json')
+    (stopped / 'config.json').write_text(json.dumps(change(config)))
+    assert complaint in exit_code(train.main, '--resume', stopped)
+
+
+def test_recordings_that_changed_are_named(stopped, corpus, monkeypatch):
+    """The same number of samples, other ones."""
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, 'read_bytes', lambda path: read(path)[::-1])
+    message = exit_code(train.main, '--resume', stopped)
+    assert 'the utterances for train are no longer those of the run' in message
+
+
+def test_weights_to_start_from_are_not_forgotten(first_run, corpus, tmp_path, monkeypatch):
+    """By a run that was stopped in its first epoch."""
+    with monkeypatch.context() as context:
+        stop_after(0, context)
+        exit_code(train.main, *corpus.flags, '--epochs=1', '--learning_rate=0', '--init_from',
+                  first_run.folder / 'best.pt', '--run_dir', tmp_path / 'run')
+    train.main(['--resume', str(tmp_path / 'run')])
+    before = torch.load(first_run.folder / 'best.pt', weights_only=True)['model']
+    after = torch.load(tmp_path / 'run' / 'last.pt', weights_only=True)['model']
+    assert torch.equal(before['head.weight'], after['head.weight'])
 
 
 def test_two_runs_cannot_share_a_folder(corpus, tmp_path):
@@ -2314,6 +2360,16 @@ def test_a_checkpoint_is_scored_on_any_corpus(first_run, corpus, tmp_path):
     assert results['test'] == first_run.results['valid']
     assert (tmp_path / 'score' / 'test.tsv').read_text() == (
         first_run.folder / 'valid.tsv').read_text()
+
+
+def test_scoring_refuses_flags_of_training(first_run, corpus):
+    message = exit_code(train.main, '--evaluate', first_run.folder / 'best.pt', '--test_data',
+                        corpus.valid, '--epochs=3')
+    assert message.endswith('so --epochs says nothing to it; remove this flag')
+
+
+def test_a_flag_without_a_name_is_refused():
+    assert '--resume is given without a name' in exit_code(train.main, '--resume', '')
 
 
 def test_scoring_needs_a_corpus(first_run):

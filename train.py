@@ -29,6 +29,7 @@ import shlex
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -52,6 +53,7 @@ CHECK_UP_TO = 5000      # utterances; of more, files are decoded beforehand only
 OVERFIT_UPDATES = 25    # at least, in an epoch of --overfit
 SHAPING = ('n_mels', 'blocks', 'deep_path', 'upsample', 'squeeze_excite', 'projection', 'hidden',
            'layers')    # fields of model.Config that the weights' shapes depend on
+EVALUATION_FLAGS = {'evaluate', 'test_data', 'skip_bad', 'run_dir', 'device', 'threads', 'workers'}
 MOST_LOST = 10          # updates in a row without a finite gradient
 PARTS = {               # of the network, by the names of their parameters
     'backbone': ('stem', 'blocks', 'last', 'early', 'deep', 'gate'),
@@ -242,8 +244,15 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.epilog = fixes_table(defaults)
     args = parser.parse_args(argv)
     given = given_flags(parser, argv)
+    for name in 'resume', 'init_from', 'evaluate', 'run_dir':
+        if getattr(args, name) == '':
+            raise data.DataError(f'flags: --{name} is given without a name; give one')
     if args.resume:
         return resumed_flags(args, given)
+    useless = given - EVALUATION_FLAGS
+    if args.evaluate and useless:
+        raise data.DataError(f'flags: --evaluate trains nothing, so --{min(useless)} says nothing '
+                             'to it; remove this flag')
     undo_fixes(args, given)
     return args
 
@@ -280,7 +289,11 @@ def resumed_flags(args: argparse.Namespace, given: set[str]) -> argparse.Namespa
     except (OSError, ValueError):
         raise data.DataError(f'--resume {folder}: holds no config.json of a run; name the folder '
                              'of a run') from None
-    free = {'resume', 'run_dir', 'device', 'workers'}  # these change nothing that is learnt
+    missing = set(vars(args)).difference(config if isinstance(config, dict) else ())
+    if missing:
+        raise data.DataError(f'--resume {folder}: config.json is damaged, it lacks '
+                             f'{", ".join(sorted(missing))}; start a new run')
+    free = {'resume', 'device', 'workers'}  # these change nothing that is learnt
     for name in sorted(given - free):
         if name not in config or getattr(args, name) != config[name]:
             fix = 'remove this flag'
@@ -468,9 +481,12 @@ def load_splits(args: argparse.Namespace, frames_per_output: int) -> data.Splits
               'nothing of new speech')
     if splits.choice:
         print(splits.choice)
+    wanted = args.overfit or args.num_train_samples
+    if wanted > len(splits.train):
+        print(f'{wanted} training utterances were asked for, and there are {len(splits.train)}')
     train = list(splits.train)
     random.Random(args.seed).shuffle(train)
-    train = train[:args.overfit or args.num_train_samples or None]
+    train = train[:wanted or None]
     if args.overfit:
         return splits._replace(train=train, valid=train, test=[])
     return splits._replace(train=train)
@@ -490,13 +506,19 @@ def plateaus(utterances: Sequence[data.Utterance], alphabet: Sequence[str],
 
 
 def data_fingerprint(splits: data.Splits) -> dict[str, str]:
-    """{split: digest} of what its utterances are, for --resume to see that they still are."""
+    """{split: digest} of what its utterances are, for --resume to see that they still are.
+
+    Of corpora whose files are not decoded beforehand, by their sizes, not their contents.
+    """
+    sides = {'train': splits.train, 'valid': splits.valid, 'test': splits.test}
+    few = sum(map(len, sides.values())) <= CHECK_UP_TO
     digests = {}
-    for split in 'train', 'valid', 'test':
+    for split, utterances in sides.items():
         digest = hashlib.sha256()
-        for u in getattr(splits, split):
-            size = os.path.getsize(u.path)
-            digest.update(f'{u.path.name} {u.duration} {size} {u.text}\n'.encode())
+        for u in utterances:
+            name = '/'.join(u.path.parts[-2:])
+            content = zlib.crc32(u.path.read_bytes()) if few else os.path.getsize(u.path)
+            digest.update(f'{name} {u.duration} {content} {u.text}\n'.encode())
         digests[split] = digest.hexdigest()
     return digests
 
@@ -543,13 +565,12 @@ class Task:
                         self.args.workers)
 
 
-def check_characters(splits: data.Splits, alphabet: Sequence[str]) -> None:
-    """Print which characters of validation and test can never be said."""
-    scored = {character for u in splits.valid + splits.test for character in u.text}
-    unseen = sorted(scored.difference(alphabet))
+def check_characters(utterances: Sequence[data.Utterance], alphabet: Sequence[str]) -> None:
+    """Print which characters of utterances that are to be scored can never be said."""
+    unseen = {character for u in utterances for character in u.text}.difference(alphabet)
     if unseen:
         print('validation or test has characters that training lacks, so each is an error:',
-              *map(repr, unseen))
+              *map(repr, sorted(unseen)))
 
 
 def check_device(args: argparse.Namespace) -> None:
@@ -584,9 +605,6 @@ def init_from(network: model.Recogniser, alphabet: Sequence[str], path: str) -> 
 
 def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
     """Read the data and make the network. Raises DataError."""
-    if ranks > 1 and (args.overfit or args.benchmark or args.evaluate):
-        raise data.DataError('flags: --overfit, --benchmark and --evaluate are for one process; '
-                             'run them without torchrun')
     config = make_config(args)
     check_device(args)
     if rank:
@@ -598,7 +616,7 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
     network = model.Recogniser(replace(config, vocab_size=len(alphabet)))
     if args.init_from and not (args.resume and (Path(args.resume) / 'state.pt').exists()):
         init_from(network, alphabet, args.init_from)
-    check_characters(splits, alphabet)
+    check_characters(splits.valid + splits.test, alphabet)
     network.to(args.device)
     lines = plateaus(splits.train, alphabet, network)
     valid_lines = plateaus(splits.valid, alphabet, network) if splits.valid else None
@@ -624,7 +642,7 @@ def save_text(text: str, path: Path) -> None:
 def lock(folder: Path, held: contextlib.ExitStack) -> None:
     """Keep other processes off a run folder until `held` is closed, or this one ends by any cause.
 
-    Raises DataError.
+    Raises DataError, OSError.
     """
     if fcntl is None:  # Windows
         return
@@ -633,7 +651,7 @@ def lock(folder: Path, held: contextlib.ExitStack) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise data.DataError(f'{folder}: another run is at work there; '
+        raise data.DataError(f'{folder}: another run is at work there; wait until it has ended, or '
                              'name another --run_dir') from None
 
 
@@ -646,15 +664,16 @@ def make_folder(run_dir: str | None, held: contextlib.ExitStack) -> Path:
         folder = Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder, held)
-        if any(folder.iterdir()):
-            raise data.DataError(f'--run_dir {folder}: is not empty; name another folder, or '
-                                 f'--resume {folder}')
+        if any(not path.name.startswith('unfinished.') for path in folder.iterdir()):
+            advice = f', or --resume {folder}' if (folder / 'config.json').exists() else ''
+            raise data.DataError(f'--run_dir {folder}: is not empty; name another folder{advice}')
         return folder
     name = time.strftime('runs/%Y%m%d-%H%M%S')
+    Path(name).parent.mkdir(exist_ok=True)
     for number in itertools.count(1):
         folder = Path(name if number == 1 else f'{name}-{number}')
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             continue
         lock(folder, held)
@@ -668,13 +687,14 @@ def open_run(task: Task, held: contextlib.ExitStack) -> Path:
     fingerprint = data_fingerprint(task.splits)
     if args.resume:
         folder = Path(args.resume)
+        if args.ranks != task.ranks:
+            raise data.DataError(f'--resume {folder}: the run has {args.ranks} processes, and not '
+                                 f'{task.ranks}; start as many')
+        for split, digest in fingerprint.items():
+            if args.data[split] != digest:
+                raise data.DataError(f'--resume {folder}: the utterances for {split} are no longer '
+                                     'those of the run; bring them back, or start a new run')
         if task.rank == 0:
-            lock(folder, held)
-            for split, digest in fingerprint.items():
-                if args.data[split] != digest:
-                    raise data.DataError(f'--resume {folder}: the utterances for {split} are no '
-                                         'longer those of the run; bring them back, or start a '
-                                         'new run')
             for part in folder.glob('unfinished.*'):
                 part.unlink()
         return folder
@@ -685,11 +705,12 @@ def open_run(task: Task, held: contextlib.ExitStack) -> Path:
         args.run_dir = str(folder)
         config = vars(args) | asdict(task.network.config)
         config |= {'plateaus': task.plateaus, 'valid_plateaus': task.valid_plateaus,
-                   'data': fingerprint}
+                   'data': fingerprint, 'ranks': task.ranks}
         save_text(json.dumps(config, indent=1) + '\n', folder / 'config.json')
     except OSError as error:
         raise data.DataError(f'--run_dir {args.run_dir or "runs/"}: cannot be made '
                              f'({error.strerror}); name another folder') from None
+    args.begun = True  # from here on it can be resumed
     return folder
 
 
@@ -697,8 +718,8 @@ def open_run(task: Task, held: contextlib.ExitStack) -> Path:
 class RunState:
     """What an epoch hands on to the next, and to the end.
 
-    state.pt is {'learner': Learner.state(), 'run': this}; log.jsonl, last.pt and best.pt are copies
-    of parts of it, which --resume writes again.
+    state.pt is {'settings': config.json, 'learner': Learner.state(), 'run': this}; log.jsonl,
+    last.pt and best.pt are copies of parts of it, which --resume writes again.
     """
     epoch: int = 0
     train_seconds: float = 0.0
@@ -815,9 +836,19 @@ def load_state(folder: Path, learner: Learner) -> RunState:
     """Bring a run back to the end of its last whole epoch, or to its start. Raises DataError."""
     path = folder / 'state.pt'
     if not path.exists():
+        if (folder / 'last.pt').exists():
+            raise data.DataError(f'{path}: is gone, and with it the way to go on; start a new run '
+                                 f'with --init_from {folder}/last.pt')
         return RunState()
     try:
         content = torch.load(path, weights_only=True, map_location='cpu')
+        settings = content['settings']
+    except Exception as error:  # whatever a damaged file may raise
+        raise data.DataError(f'{path}: cannot be resumed from ({type(error).__name__}); start a '
+                             f'new run with --init_from {folder}/last.pt') from None
+    if settings != (folder / 'config.json').read_text():
+        raise data.DataError(f'{folder}/config.json: is not what the run began with; bring it back')
+    try:
         learner.restore(content['learner'])
         state = RunState(**content['run'])
     except Exception as error:  # whatever a damaged file may raise
@@ -868,7 +899,9 @@ def fit(task: Task, folder: Path) -> RunState:
         if evaluation and (state.best is None or better(rates, state.best['run']['valid'])):
             state.best = state.last
             state.sentences = [tuple(sentence) for sentence in evaluation.sentences]
-        save({'learner': learner_state, 'run': vars(state)}, folder / 'state.pt')
+        settings = (folder / 'config.json').read_text()
+        save({'settings': settings, 'learner': learner_state, 'run': vars(state)},
+             folder / 'state.pt')
         save_plain_files(folder, state, best_too=state.best is state.last)
         sentence = None
         if evaluation:
@@ -891,7 +924,7 @@ def save_sentences(path: Path, utterances: Sequence[data.Utterance],
     """Write what was said and heard, a tab-separated line for each utterance. Raises OSError."""
     lines = ['file\tsaid\theard\n']
     for sentence in sentences:
-        file = utterances[sentence.index].path.name
+        file = ' '.join(utterances[sentence.index].path.name.split())  # no tabs, no line feeds
         lines.append(f'{file}\t{sentence.said}\t{sentence.heard}\n')
     save_text(''.join(lines), path)
 
@@ -1008,11 +1041,42 @@ def run(args: argparse.Namespace, rank: int = 0, ranks: int = 1) -> dict | None:
     args.threads = args.threads or fastest_threads()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    if ranks > 1 and (args.overfit or args.benchmark or args.evaluate):
+        raise data.DataError('flags: --overfit, --benchmark and --evaluate are for one process; '
+                             'run them without torchrun')
     if args.evaluate:
         return evaluate_checkpoint(args)
-    if args.resume and (Path(args.resume) / 'results.json').exists():
-        print(f'{args.resume} is finished: nothing is left to do')
-        return None
+    with contextlib.ExitStack() as held:
+        if args.resume:
+            args.begun = True
+            if rank == 0:
+                lock(Path(args.resume), held)
+            if (Path(args.resume) / 'results.json').exists():
+                return report_finished(Path(args.resume))
+        return train_task(args, rank, ranks, held)
+
+
+def report_finished(folder: Path) -> dict:
+    """Print that a run has nothing left to do, and its scores -> its results.json.
+
+    Raises DataError.
+    """
+    (folder / 'state.pt').unlink(missing_ok=True)
+    try:
+        results = json.loads((folder / 'results.json').read_text())
+        print(f'{folder} is finished: nothing is left to do')
+        for split in 'valid', 'test':
+            if results[split]:
+                print_scores(split, results[split])
+        return results
+    except (ValueError, KeyError, TypeError):
+        raise data.DataError(f'{folder}/results.json: is damaged; score the checkpoint again with '
+                             '--evaluate') from None
+
+
+def train_task(args: argparse.Namespace, rank: int, ranks: int,
+               held: contextlib.ExitStack) -> dict | None:
+    """A run from its data to its results. Raises DataError, OSError."""
     try:
         task = prepare(args, rank, ranks)
     except data.DataError:
@@ -1025,10 +1089,9 @@ def run(args: argparse.Namespace, rank: int = 0, ranks: int = 1) -> dict | None:
     if args.benchmark:
         return benchmark(task.network, task.train_speech(), args)
     describe_task(task)
-    with contextlib.ExitStack() as held:
-        folder = open_run(task, held)
-        state = fit(task, folder)
-        return None if rank else finish(task, folder, state)
+    folder = open_run(task, held)
+    state = fit(task, folder)
+    return None if rank else finish(task, folder, state)
 
 
 def wait_for_first() -> None:
@@ -1070,16 +1133,23 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     if faults and not args.skip_bad:
         count = f'{len(faults)} broken; --skip_bad scores without them'
         raise data.DataError('\n'.join([*faults.values(), count]))
+    if faults:
+        print(*faults.values(), f'{len(faults)} broken utterances are left out', sep='\n')
     utterances = [u for u in utterances if u.where not in faults]
     if not utterances:
         raise data.DataError(f'--test_data {args.test_data}: no utterance of it can be used; give '
                              'another corpus')
-    evaluation = evaluate(network.to(args.device), data.Speech(utterances, alphabet), args.device,
-                          args.workers)
-    results = {'valid': None, 'test': evaluation.rates, 'checkpoint': args.evaluate,
-               'test_data': args.test_data, 'train_data': run['train_data']}
+    check_characters(utterances, alphabet)
     with contextlib.ExitStack() as held:
-        folder = make_folder(args.run_dir, held)
+        try:
+            folder = make_folder(args.run_dir, held)
+        except OSError as error:
+            raise data.DataError(f'--run_dir {args.run_dir}: cannot be made ({error.strerror}); '
+                                 'name another folder') from None
+        evaluation = evaluate(network.to(args.device), data.Speech(utterances, alphabet),
+                              args.device, args.workers)
+        results = {'valid': None, 'test': evaluation.rates, 'checkpoint': args.evaluate,
+                   'test_data': args.test_data, 'train_data': run['train_data']}
         save_sentences(folder / 'test.tsv', utterances, evaluation.sentences)
         save_text(json.dumps(results, indent=1) + '\n', folder / 'results.json')
     print_scores('test', evaluation.rates)
@@ -1158,9 +1228,8 @@ def stop(signal_number: int, frame: object) -> None:
 
 def how_to_go_on(args: argparse.Namespace | None) -> str:
     """The next step after a run was ended."""
-    folder = args and (args.resume or args.run_dir)
-    if folder and (Path(folder) / 'config.json').exists():
-        return f'to go on: python train.py --resume {folder}'
+    if args is not None and args.begun:
+        return f'to go on: python train.py --resume {shlex.quote(args.resume or args.run_dir)}'
     return 'nothing was begun: run the same command again'
 
 
@@ -1170,13 +1239,15 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         args = parse_flags(argv)
+        args.begun = False
         if ranks > 1:
             torch.distributed.init_process_group('gloo' if args.device == 'cpu' else 'nccl')
             if args.device != 'cpu':
                 args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
         with contextlib.redirect_stdout(open(os.devnull, 'w') if rank else sys.stdout):
             results = run(args, rank, ranks)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a closed pipe is answered
             return results
     except KeyboardInterrupt:
         sys.exit(1 if rank else f'train.py: stopped; {how_to_go_on(args)}')
