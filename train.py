@@ -877,7 +877,7 @@ def validate(task: Task, record: dict) -> Evaluation | None:
 def finished(task: Task, state: RunState) -> bool:
     """Whether all epochs are done, or --overfit has nothing left to learn."""
     by_heart = task.args.overfit and state.last and state.last['run']['valid']['cer'] == 0
-    return state.epoch == task.args.epochs or bool(by_heart)
+    return state.epoch >= task.args.epochs or bool(by_heart)
 
 
 def fit(task: Task, folder: Path) -> RunState:
