@@ -204,7 +204,7 @@ def by_heart(tmp_path_factory):
     manifest.write_text('\n'.join(rows))
     run = folder / 'run'
     train_run(run, '--train_data', str(manifest), '--valid_data=none', '--overfit=2',
-              '--batch_size=2', '--blocks=4')
+              '--batch_size=2', '--blocks=3', '--frames_per_output=4', '--hidden=128')
     wave, _ = data.synthesise(texts[0], 0)
     return ByHeart(run, run / 'best.pt', texts[0], torch.tensor(wave))
 
@@ -1908,14 +1908,15 @@ def test_a_run_is_not_overwritten(first_run, corpus):
 
 
 @pytest.mark.parametrize('workers,tolerance', [(0, 0), (1, 1e-2)])
-def test_a_run_repeats_from_its_seed(workers, tolerance, first_run, corpus, tmp_path):
+def test_a_run_repeats_from_its_seed(workers, tolerance, corpus, tmp_path):
     """Bit for bit in the same process.
 
     Another process may get other last bits from the Fourier transform, and training makes more of
     them.
     """
-    train_run(tmp_path / 'again', *corpus.flags, *FIRST_RUN, f'--workers={workers}')
-    losses = [record['train_loss'] for record in first_run.log]
+    train_run(tmp_path / 'once', *corpus.flags, *FIRST_RUN, *SMALL)
+    train_run(tmp_path / 'again', *corpus.flags, *FIRST_RUN, *SMALL, f'--workers={workers}')
+    losses = [record['train_loss'] for record in read_log(tmp_path / 'once')]
     again = [record['train_loss'] for record in read_log(tmp_path / 'again')]
     assert again == pytest.approx(losses, rel=tolerance, abs=0)
 
@@ -2115,9 +2116,8 @@ def survive(uninterrupted, folder, kill_signal, rng):
         assert value == expected[key], key
 
 
-@pytest.mark.parametrize('kill_signal', [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(kill_signal, uninterrupted, tmp_path):
-    survive(uninterrupted, tmp_path / 'run', kill_signal, random.Random(int(kill_signal)))
+def test_a_killed_run_goes_on_as_if_nothing_had_been(uninterrupted, tmp_path):
+    survive(uninterrupted, tmp_path / 'run', signal.SIGKILL, random.Random(9))
 
 
 @slow
@@ -2644,7 +2644,7 @@ def test_an4_has_its_plateaus_where_english_has_them():
 
 @needs_an4
 def test_an4_in_every_form_gives_the_same_batches(tmp_path):
-    assert_same_batches(read_utterances(Path(AN4) / 'dev.jsonl'), tmp_path)
+    assert_same_batches(read_utterances(Path(AN4) / 'dev.jsonl')[::2], tmp_path)
 
 
 @needs_an4
