@@ -408,7 +408,7 @@ def show_progress(update: int, updates: int, loss: float, seconds: float) -> Non
 
 # Of config.json: what tells nothing about how a run was made, or follows from the rest.
 NO_SETTINGS = ('run_dir', 'resume', 'data', 'plateaus', 'valid_plateaus', 'vocab_size', 'workers',
-               'undo', 'only')
+               'threads', 'device', 'begun', 'undo', 'only')
 
 
 class RunError(Exception):
