@@ -71,7 +71,12 @@ class Utterance:
 
     def __post_init__(self):
         if not self.frames:
-            self.frames = math.ceil(round(self.duration * SAMPLE_RATE) / HOP)
+            self.frames = self.recorded_frames
+
+    @property
+    def recorded_frames(self) -> int:
+        """Frames that the recording itself lasts."""
+        return math.ceil(round(self.duration * SAMPLE_RATE) / HOP)
 
 
 # ---- files and progress --------------------------------------------------------------------------
@@ -343,8 +348,7 @@ def unlearnable(utterances: Iterable[Utterance], alphabet: Sequence[str],
     """
     found = []
     for u in utterances:
-        frames = min(u.frames, math.ceil(u.duration / FRAME_SECONDS))
-        outputs = math.ceil(frames / frames_per_output)
+        outputs = math.ceil(min(u.frames, u.recorded_frames) / frames_per_output)
         if outputs < outputs_needed(encode(u.text, alphabet)):
             found.append(u)
     return found

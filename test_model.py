@@ -840,7 +840,8 @@ def test_resampling_keeps_the_band_and_drops_the_rest(rate, tmp_path):
 
 # ---- data: text ----------------------------------------------------------------------------------
 
-TEXTS = ['Hello  World', 'ÅNGSTRÖM', unicodedata.normalize('NFD', 'naïve'), 'привет мир', '你好',
+TEXTS = ['Hello  World', 'ÅNGSTRÖM', unicodedata.normalize('NFD', 'naïve'), 'привет мир',
+         '你好',
          "it's"]
 
 

@@ -884,6 +884,7 @@ def fit(task: Task, folder: Path) -> RunState:
     """Train epoch by epoch, validate, record, save, report. Raises DataError, OSError."""
     learner = Learner(task)
     state = load_state(folder, learner) if task.args.resume else RunState()
+    settings = '' if task.rank else (folder / 'config.json').read_text()
     while not finished(task, state):
         state.epoch += 1
         record = learner.train(state.epoch)
@@ -899,7 +900,6 @@ def fit(task: Task, folder: Path) -> RunState:
         if evaluation and (state.best is None or better(rates, state.best['run']['valid'])):
             state.best = state.last
             state.sentences = [tuple(sentence) for sentence in evaluation.sentences]
-        settings = (folder / 'config.json').read_text()
         save({'settings': settings, 'learner': learner_state, 'run': vars(state)},
              folder / 'state.pt')
         save_plain_files(folder, state, best_too=state.best is state.last)
