@@ -745,6 +745,17 @@ def recording_problems(wave: Tensor, rate: int) -> Iterator[str]:
         yield 'a click or a bang far louder than the voice'
 
 
+def length_correlation(utterances: Sequence[Utterance]) -> float | None:
+    """The correlation of durations and numbers of characters; None where it would say nothing.
+
+    That is for fewer than 50 utterances, and for texts nearly equally long.
+    """
+    lengths = np.array([(u.duration, len(u.text)) for u in utterances], dtype=float)
+    if len(lengths) < 50 or (lengths.std(0) < 0.1 * lengths.mean(0)).any():
+        return None
+    return float(np.corrcoef(lengths.T)[0, 1])
+
+
 def describe_corpus(train: Sequence[Utterance], valid: Sequence[Utterance], alphabet: Sequence[str],
                     plateaus: tuple[float, float]) -> None:
     """Print what a corpus holds for training (at least one utterance) and for validation.

@@ -3,6 +3,7 @@ output is read.
 
     python model.py CHECKPOINT                          what it is, what it was trained on, how well
     python model.py CHECKPOINT clip.wav ... [--times]   transcripts, with the time of every word
+    python model.py CHECKPOINT clip.wav --plot p.png    what it hears, and how sure it is, over time
 
     log-mels     (B, 1, T, 80)        100 frames a second, each clip with its true length
     backbone     (B, 24, T/4, 10)     MobileNetV3-Small's stem and first 3 blocks: the early path
@@ -564,6 +565,45 @@ def transcribe(network: Recogniser, alphabet: list[str], wave: Tensor) -> Transc
     return Transcript(text, in_clip)
 
 
+@torch.no_grad()
+def plot_clip(network: Recogniser, alphabet: list[str], wave: Tensor, path: str) -> None:
+    """Draw a clip's log-mels, the outputs' probabilities and the words, over time.
+
+    Raises monitor.RunError where matplotlib is missing or the file cannot be written.
+    """
+    import data
+    import monitor
+    pyplot = monitor.load_pyplot()
+    mels, start = data.features(wave)
+    log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
+    probabilities = log_probs[0].exp()                                            # (T', V)
+    begin = start * data.FRAME_SECONDS
+    end = begin + len(mels) * data.FRAME_SECONDS
+    output_seconds = network.config.frames_per_output * data.FRAME_SECONDS
+    times = begin + output_seconds * (torch.arange(len(probabilities)) + 0.5)
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(10, 4.5),
+                                             layout='constrained')
+    above.imshow(mels.T.numpy(), origin='lower', aspect='auto', extent=(begin, end, 0, mels.shape[1]),
+                 cmap='magma')
+    above.set_ylabel('mel band')
+    below.fill_between(times, probabilities[:, 0], color='0.85', step='mid', label='blank')
+    path_symbols = probabilities.argmax(1).tolist()
+    for symbol in sorted(set(path_symbols) - {0}):
+        below.plot(times, probabilities[:, symbol])
+    for emission in collapse(path_symbols):
+        name = alphabet[emission.symbol].replace(' ', '_')
+        middle = (times[emission.first] + times[emission.last]) / 2
+        below.text(middle, 1.03, name, ha='center')
+    for word in transcribe(network, alphabet, wave).words:
+        above.text((word.start + word.end) / 2, mels.shape[1] + 2, word.text, ha='center')
+        above.axvspan(word.start, word.end, ymin=0.97, color='white')
+    below.set_ylim(0, 1.15)
+    below.set_ylabel('probability')
+    below.set_xlabel('seconds')
+    below.legend(loc='center right')
+    monitor.save_picture(figure, path)
+
+
 def describe_checkpoint(network: Recogniser, alphabet: list[str], run: dict) -> str:
     """A checkpoint in words: its settings, its size, its training, its scores."""
     scores = [f'{split}: WER {run[split]["wer"]:.2f} %'
@@ -583,8 +623,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help='audio files of any rate and channels; none: describe the checkpoint')
     parser.add_argument('--times', action='store_true',
                         help="each word's start and end, in seconds")
+    parser.add_argument('--plot', metavar='FILE',
+                        help='draw one clip into a .png, .svg or .pdf file; needs matplotlib')
     args = parser.parse_args(argv)
     import data
+    import monitor
+    if args.plot and len(args.clips) != 1:
+        sys.exit('model.py: --plot draws one clip; name one')
     try:
         network, alphabet, run = load_checkpoint(args.checkpoint)
     except CheckpointError as error:
@@ -595,8 +640,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, clip in enumerate(args.clips, 1):
         data.show_status(f'transcribing {number}/{len(args.clips)}: {clip}')
         try:
-            transcript = transcribe(network, alphabet, data.read_wave(clip))
-        except data.DataError as error:
+            wave = data.read_wave(clip)
+            transcript = transcribe(network, alphabet, wave)
+            if args.plot:
+                plot_clip(network, alphabet, wave, args.plot)
+        except (data.DataError, monitor.RunError) as error:
             data.show_status()
             print(f'model.py: {error}', file=sys.stderr)
             failed = True

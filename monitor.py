@@ -1,8 +1,10 @@
 """What a run says about itself: error rates, CTC's two plateaus, gradients, outputs, and what is
 wrong by name.
 
-    python monitor.py RUN           a run by epochs, its warnings, its best epoch, how to go on
-    python monitor.py RUN RUN ...   what differs between runs, their scores and spread
+    python monitor.py RUN               a run by epochs, its warnings, its phase, what to try first
+    python monitor.py RUN RUN ...       what differs between runs, their scores and spread
+    python monitor.py RUN ... --plot p.png   their losses, errors and gradients as a picture
+    python monitor.py --lines 250 12 28 the plateau lines of 250 outputs, 12 labels, 28 symbols
 
 A stuck CTC model sits on one of two lines, both known before training, in nats per label:
 
@@ -10,8 +12,8 @@ A stuck CTC model sits on one of two lines, both known before training, in nats 
     constant   the best output that ignores its input: mostly blank, the rest by letter frequency
                (about 2.9 for English); a falling loss that ends here has learnt nothing
 
-Nothing here needs the other modules: Gradients, Outputs, plateau_lines and error_rates serve any
-CTC model whose blank is symbol 0.
+Nothing here needs the other modules: check_ctc finds what is wrong with a batch of any CTC model;
+Gradients, Outputs, plateau_lines and error_rates serve those whose blank is symbol 0.
 
 References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani & Ney 2004
 (bootstrap).
@@ -20,9 +22,10 @@ import argparse
 import json
 import math
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -31,9 +34,20 @@ from torch import Tensor, nn
 
 UNIFORM_ENTROPY = 0.95   # of ln V, a batch's mean entropy: above, the batch counts as uniform
 IGNORED = 0.05           # share of a healthy input dependence: below, the sound is ignored
-VANISHED = 1e-3          # a part's gradient norm, as a share of the largest part's
-EXPLODED = 1e3           # a part's gradient norm
-BLANKS = 0.99            # share of outputs that are blank: above, it is a collapse
+LEARNT = 0.1             # of the constant line: a validation loss below that is learnt
+LEFT = 0.9               # of the constant line: batches' own lines differ by less than a tenth
+EARLY = 50               # updates whose median gradient is what the later ones are held against
+STREAK = 20              # updates in a row that make a vanished gradient, and a mean of the loss
+VANISHED = 0.01          # of a part's early median gradient norm
+EXPLODED = 10            # times a part's early median gradient norm
+UNREACHED = 1e-3         # a part's gradient norm, as a share of the largest part's
+SLOW_CHANGE = 0.05       # of the weights' size in an epoch: below, they hardly move
+FAST_CHANGE = 2.0        # above, they are thrown about
+FEW_UPDATES = 500        # too few to leave the plateau
+# The space and the letters, most frequent first, per 100 letters of English (Norvig 2013, "English
+# letter frequency counts: Mayzner revisited").
+ENGLISH = (20.9, 12.49, 9.28, 8.04, 7.64, 7.57, 7.23, 6.51, 6.28, 5.05, 4.07, 3.82, 3.34, 2.73,
+           2.51, 2.40, 2.14, 1.87, 1.68, 1.66, 1.48, 1.05, 0.54, 0.23, 0.16, 0.12, 0.09)
 CLEAR = '\x1b[K'         # ANSI escape: erase to the end of the line
 
 
@@ -148,6 +162,62 @@ def plateau_fraction(loss: float, lines: tuple[float, float]) -> float:
     return (uniform - loss) / max(uniform - constant, 1e-9)  # equal for texts of one character
 
 
+def lines_of_lengths(outputs: int, labels: int, vocab_size: int) -> tuple[float, float]:
+    """plateau_lines without a corpus: of utterances of these numbers of outputs and labels.
+
+    The symbols are as frequent as English letters and the space; where there are more symbols, the
+    rest are as rare as the rarest. Raises ValueError where the labels do not fit the outputs.
+    """
+    if not 0 < labels <= outputs or vocab_size < 2:
+        raise ValueError(f'{labels} labels of {vocab_size} symbols in {outputs} outputs: at least '
+                         'one label is needed, one output a label, one symbol besides the blank')
+    shares = torch.tensor(ENGLISH[:vocab_size - 1])
+    shares = F.pad(shares, (0, vocab_size - 1 - len(shares)), value=ENGLISH[-1])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.multinomial(shares, 200 * labels, replacement=True, generator=generator) + 1
+    targets = draws.view(200, labels).tolist()
+    lines = plateau_lines(targets, torch.full((200,), outputs), vocab_size)
+    if math.isnan(lines[0]):
+        raise ValueError(f'{labels} labels with their repeats do not fit {outputs} outputs')
+    return lines
+
+
+class Departures:
+    """The updates at which a run left the uniform line and the constant one; None before.
+
+    It has left one when the mean loss of the last 20 updates is nearer to the constant line, and
+    the other when that mean is a tenth below it.
+    """
+
+    def __init__(self, lines: tuple[float, float]):
+        uniform, constant = lines
+        self.limits = {'left_uniform': (uniform + constant) / 2, 'left_constant': LEFT * constant}
+        self.left = dict.fromkeys(self.limits)
+        self.updates = 0
+        self.recent = deque(maxlen=STREAK)
+
+    def add(self, loss: float) -> None:
+        """The training loss of one update, in nats per label."""
+        self.updates += 1
+        self.recent.append(loss)
+        if len(self.recent) < STREAK:
+            return
+        mean = sum(self.recent) / STREAK
+        for line, limit in self.limits.items():
+            if self.left[line] is None and mean < limit:
+                self.left[line] = self.updates
+
+    def state(self) -> dict:
+        """As plain data, for a checkpoint."""
+        return {'left': dict(self.left), 'updates': self.updates, 'recent': list(self.recent)}
+
+    def restore(self, state: Mapping) -> None:
+        """Go on from what state() gave."""
+        self.left = dict(state['left'])
+        self.updates = state['updates']
+        self.recent.extend(state['recent'])
+
+
 # ---- gradients and outputs -----------------------------------------------------------------------
 
 class Gradients:
@@ -155,6 +225,10 @@ class Gradients:
 
     parts: {name: prefixes of its parameters' names}; without, each of the network's children is
     one. Raises ValueError where a parameter belongs to no part, or a part has none.
+
+    What is too small or too large, the run itself says: its first 50 updates. Fixed norms, such as
+    10 to 200, depend on the loss: summed over a batch and not averaged, ours of 0.1 to 10 would be
+    as many times larger as the batch has utterances and each of them labels.
     """
 
     def __init__(self, network: nn.Module, parts: Mapping[str, Sequence[str]] | None = None):
@@ -171,14 +245,42 @@ class Gradients:
         empty = [part for part, group in self.groups.items() if not group]
         if empty:
             raise ValueError(f'no parameter has a prefix of {", ".join(empty)}; correct the prefix')
+        self.first = {part: [] for part in parts}  # norms of the run's first updates, and its last
+        self.recent = {part: deque(maxlen=STREAK) for part in parts}
         self.reset()
 
     def reset(self) -> None:
         """Begin an epoch."""
         self.norms = {part: [] for part in (*self.groups, 'norm')}  # 'norm': all parts together
+        self.vanished = set()  # parts
+        self.exploded = set()
         self.clipped = 0
         self.nonfinite = 0
         self.updates = 0
+
+    def compare(self, part: str, norm: float) -> None:
+        """Hold a part's last norms against its early ones."""
+        first, recent = self.first[part], self.recent[part]
+        recent.append(norm)
+        if len(first) < EARLY:
+            first.append(norm)
+            return
+        early = median(first)
+        if max(recent) < VANISHED * early:
+            self.vanished.add(part)
+        if median(recent) > EXPLODED * early:
+            self.exploded.add(part)
+
+    def state(self) -> dict:
+        """What outlives an epoch, as plain data, for a checkpoint."""
+        return {'first': self.first,
+                'recent': {part: list(norms) for part, norms in self.recent.items()}}
+
+    def restore(self, state: Mapping) -> None:
+        """Go on from what state() gave."""
+        self.first = {part: list(norms) for part, norms in state['first'].items()}
+        for part, norms in state['recent'].items():
+            self.recent[part].extend(norms)
 
     def clip(self, maximum: float) -> bool:
         """Record the norms, then scale all gradients to the total norm `maximum` if above (0:
@@ -195,6 +297,7 @@ class Gradients:
             return False
         for part, norm in norms.items():
             self.norms[part].append(norm.item())
+            self.compare(part, norm.item())
         self.norms['norm'].append(total.item())
         if maximum and total > maximum:
             self.clipped += 1
@@ -202,14 +305,21 @@ class Gradients:
                 nn.utils.clip_grads_with_norm_(group, maximum, total)
         return True
 
-    def summary(self) -> dict[str, float]:
-        """Mean norms, in all and by part, the largest, the share of clipped and number of lost
-        updates."""
+    def summary(self) -> dict[str, float | list[str]]:
+        """The keys of the log that say what the gradients are like.
+
+        grad_norm, grad_PART   mean norms before clipping, in all and by part
+        grad_norm_max          the largest
+        clipped, nonfinite     share of updates that were cut, number of those left out
+        vanished, exploded     parts whose norms of 20 updates were below a hundredth of their early
+                               median, or had a median above ten times that
+        """
         means = {f'grad_{part}': sum(norms) / max(1, len(norms))
                  for part, norms in self.norms.items()}
         return means | {'grad_norm_max': max(self.norms['norm'], default=0),
                         'nonfinite': self.nonfinite,
-                        'clipped': self.clipped / max(1, self.updates)}
+                        'clipped': self.clipped / max(1, self.updates),
+                        'vanished': sorted(self.vanished), 'exploded': sorted(self.exploded)}
 
 
 def valid_frames(frames: int, lengths: Tensor) -> Tensor:
@@ -290,19 +400,63 @@ class Outputs:
                 'uniform_batches': self.uniform}
 
 
+# ---- phases --------------------------------------------------------------------------------------
+
+def name_phase(record: Mapping, constant: float, before: Mapping | None = None) -> str:
+    """Where a network stands after an epoch: 'uniform', 'constant', 'learning' or 'learnt'.
+
+    record: of the log, by validation where it has some; constant: the constant line; before: the
+    record of the epoch before, if there was one.
+
+    uniform    all symbols are nearly equally likely, and the output does not depend on the sound
+    constant   the output does not depend on the sound, as in blank collapse, or to no use: the
+               loss is not a tenth below that of the best output that ignores the sound
+    learning   it does, to some use
+    learnt     ... and the loss, below a tenth of the constant line, falls by less than 5 %
+    """
+    split = 'valid' if 'valid_loss' in record else 'train'
+    entropy = record.get('valid_entropy', record['entropy'])
+    dependence = record.get('valid_dependence_share', record['dependence_share'])
+    loss = record[f'{split}_loss']
+    if dependence < IGNORED and entropy > UNIFORM_ENTROPY:
+        return 'uniform'
+    if dependence < IGNORED or loss > LEFT * constant:
+        return 'constant'
+    if before is None or loss > LEARNT * constant or loss < 0.95 * before[f'{split}_loss']:
+        return 'learning'
+    return 'learnt'
+
+
+def phase_evidence(record: Mapping) -> str:
+    """The figures that name_phase went by, in words."""
+    split = 'validation' if 'valid_loss' in record else 'training'
+    way = record.get('valid_way', record['train_way'])
+    entropy = record.get('valid_entropy', record['entropy'])
+    dependence = record.get('valid_dependence_share', record['dependence_share'])
+    words = (f'the {split} loss has come {way:.0%} of the way from the uniform to the constant '
+             f'line, the entropy is {entropy:.0%} of the largest, the output depends on the sound '
+             f'{dependence:.0%} as much as one output a label would show')
+    if 'deletions' in record:
+        words += f', {record["deletions"]:.0%} of the words are left out'
+    return words
+
+
 # ---- what is wrong -------------------------------------------------------------------------------
 
 def gradient_warnings(record: Mapping) -> Iterator[str]:
     """What is wrong with an epoch's gradients, by part."""
+    for part in record['exploded']:
+        yield (f'exploding gradient in the {part}: norm {record[f"grad_{part}"]:.1e}, over '
+               f'{EXPLODED} times that of the first {EARLY} updates; lower --learning_rate')
+    if record['phase'] not in ('uniform', 'constant'):
+        return  # what has been learnt needs no gradient any more
     norms = {key.removeprefix('grad_'): norm for key, norm in record.items()
              if key.startswith('grad_') and key not in ('grad_norm', 'grad_norm_max')}
     strongest = max(norms, key=norms.get)
     for part, norm in norms.items():
-        if norm < VANISHED * norms[strongest]:
+        if part in record['vanished'] or norm < UNREACHED * norms[strongest]:
             yield (f'vanishing gradient in the {part}: norm {norm:.1e}, in the {strongest} '
                    f'{norms[strongest]:.1e}; look at the initialisation of the layers between them')
-        elif norm > EXPLODED:
-            yield f'exploding gradient in the {part}: norm {norm:.1e}; lower --learning_rate'
 
 
 def diagnose(record: Mapping) -> list[str]:
@@ -316,30 +470,77 @@ def diagnose(record: Mapping) -> list[str]:
         warnings.append('negative CTC loss, which no probabilities give; apply log_softmax to the '
                         'outputs, and keep the blank out of the targets')
     warnings += gradient_warnings(record)
-    if record['uniform_batches']:
-        warnings.append(f"uniform output in {record['uniform_batches']} batches: nothing is learnt "
-                        'there yet; if it lasts beyond the first epoch, raise --learning_rate')
-    if record['dependence_share'] < IGNORED and record['entropy'] < UNIFORM_ENTROPY:
-        way = record['train_way']
-        warnings.append(f'the output ignores the sound: the loss has come {way:.0%} of the way to '
-                        'the constant line, the second plateau; if it stays, see whether ten '
-                        'utterances can be learnt (train.py --overfit 10)')
-    if record['blank'] > BLANKS:
-        warnings.append(f"blank collapse: {record['blank']:.1%} of the outputs are blank, "
+    if batch_norm_differs(record):
+        warnings.append(f"the loss of training utterances is {record['train_eval_loss']:.3f} in "
+                        f"eval mode, {record['train_loss']:.3f} in training: batch norm's running "
+                        'statistics are not those of its batches; give them a larger momentum, or '
+                        'make more updates')
+    elif record['phase'] == 'uniform':
+        warnings.append('uniform output: every symbol is nearly equally likely; if it lasts beyond '
+                        'the first epochs, raise --learning_rate')
+    elif record['phase'] == 'constant':
+        warnings.append(f"constant output: {record['blank']:.1%} of the outputs are blank, "
                         f"{record['emitted']:.0%} of the characters emitted; usual early on. If it "
-                        'stays, make more updates: lower --batch_size or raise --epochs')
+                        'stays, see what python monitor.py says of the run')
     return warnings
 
 
-def advice(log: Sequence[Mapping]) -> Iterator[str]:
-    """The records of a log.jsonl -> where it ended and how to go on, in words."""
+def batch_norm_differs(record: Mapping) -> bool:
+    """Whether a network that has begun to learn does worse in eval mode on what it learns from."""
+    in_training, in_eval = record['train_loss'], record['train_eval_loss']
+    return record['left_constant'] is not None and in_eval > 1.5 * in_training + 0.1
+
+
+def unrelated_lengths(correlation: float | None) -> bool:
+    """Whether recordings and transcripts look as if they were not each other's, by their
+    lengths."""
+    return correlation is not None and correlation < 0.3
+
+
+def stuck_reason(log: Sequence[Mapping], settings: Mapping) -> str:
+    """Why a run has not left its plateau, and what to try first."""
     last = log[-1]
+    updates = last['updates']
+    moved = max(record['weight_change'] for record in log)
+    if unrelated_lengths(settings['length_correlation']):
+        return ('recordings and transcripts do not belong together: their lengths have a '
+                f'correlation of {settings["length_correlation"]:.2f}, in speech it is above 0.5; '
+                'listen to five files beside their texts')
+    if moved < SLOW_CHANGE:
+        return (f'the weights hardly move: at most {moved:.1%} of their size in an epoch; raise '
+                '--learning_rate tenfold')
+    if moved > FAST_CHANGE:
+        return (f'the weights are thrown about: {moved:.0%} of their size in an epoch; lower '
+                '--learning_rate to a tenth')
+    if any('vanishing' in warning for warning in last['warnings']):
+        return ('the gradient does not reach every part of the network; see the warning, and '
+                'what initialises the layers above that part')
+    if updates < FEW_UPDATES:
+        return (f'{updates} updates are few: with this many outputs a label the plateau lasts '
+                f'some {FEW_UPDATES} and more; raise --epochs, or lower --batch_size')
+    return (f'the plateau was not left in {updates} updates, though gradients and steps are of a '
+            'healthy size; can it learn ten utterances (train.py --overfit 10)? If so, give it '
+            'fewer outputs a label (--frames_per_output)')
+
+
+def explain(log: Sequence[Mapping], settings: Mapping) -> Iterator[str]:
+    """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
+    last = log[-1]
+    yield f'phase: {last["phase"]}; {phase_evidence(last)}'
+    for line in 'uniform', 'constant':
+        update = last[f'left_{line}']
+        yield f'the {line} line was left ' + (f'at update {update}' if update else 'never')
     if 'wer' in last:
-        best = min(reversed(log), key=lambda record: (record['wer'], record['cer']))
+        best = best_epoch(log)
         yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
                f"CER {best['cer']:.2f} %")
-    if last['dependence_share'] < IGNORED:
-        step = 'the plateau was never left. Can it learn ten utterances (train.py --overfit 10)?'
+    if batch_norm_differs(last):
+        step = last['warnings'][-1]
+    elif last['phase'] in ('uniform', 'constant') and last['left_constant'] is not None:
+        step = ('what is learnt serves the training utterances alone; more of them, and see '
+                'whether recordings and transcripts belong together')
+    elif last['phase'] in ('uniform', 'constant'):
+        step = stuck_reason(log, settings)
     elif last['nonfinite'] or (last['clipped'] > 0.9 and last['train_way'] < 1.1):
         step = 'updates are lost or cut; halve --learning_rate'
     elif 'wer' not in last:
@@ -353,6 +554,165 @@ def advice(log: Sequence[Mapping]) -> Iterator[str]:
         step = ('no warning applies; if the last epochs still improved, start a new run with more '
                 '--epochs')
     yield 'how to go on: ' + step
+
+
+def best_epoch(log: Sequence[Mapping]) -> Mapping:
+    """The record of the lowest validation WER; of equal ones the last, which best.pt holds."""
+    return min(reversed(log), key=lambda record: (record['wer'], record['cer']))
+
+
+# ---- a batch of anybody's network ----------------------------------------------------------------
+
+@torch.no_grad()
+def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor,
+              blank: int = 0) -> list[str]:
+    """What is wrong with a batch as F.ctc_loss takes it, in words, each with a next step.
+
+    log_probs (T, B, V); targets (B, S), or (sum of target_lengths,); both lengths (B,). Shapes come
+    first, then symbols, normalisation and lengths, and what the outputs say only where all these
+    are right: then [] means that the network has begun to learn.
+    """
+    log_probs = log_probs.detach().cpu().float()
+    targets, input_lengths, target_lengths = [
+        torch.as_tensor(x).cpu() for x in (targets, input_lengths, target_lengths)]
+    shape_fault = wrong_shape(log_probs, targets, input_lengths, target_lengths)
+    if shape_fault:
+        return [shape_fault]
+    texts = split_targets(targets, target_lengths)
+    if not any(texts):
+        return ['no utterance has a label; give the transcripts']
+    findings = [*check_symbols(texts, log_probs.shape[2], blank),
+                *check_normalisation(log_probs, input_lengths),
+                *check_lengths(log_probs, texts, input_lengths)]
+    return findings or list(check_outputs(log_probs, texts, input_lengths, blank))
+
+
+def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
+                target_lengths: Tensor) -> str | None:
+    """What is wrong with the arguments' shapes."""
+    batch = target_lengths.numel()
+    shape = tuple(log_probs.shape)
+    if log_probs.dim() != 3:
+        return f'log_probs has the shape {shape}, not (T, B, V); give one batch of outputs'
+    if shape[1] != batch:
+        advice = 'see which dimension is the batch'
+        if shape[0] == batch:
+            advice = 'that looks like (B, T, V), so take log_probs.transpose(0, 1)'
+        return f'log_probs has the shape {shape} for {batch} target lengths; {advice}'
+    if input_lengths.numel() != batch:
+        return (f'{input_lengths.numel()} input lengths and {batch} target lengths; give one of '
+                'each for every utterance')
+    longest = int(target_lengths.max())
+    in_rows = targets.dim() == 2 and targets.shape[0] == batch and targets.shape[1] >= longest
+    in_line = targets.dim() == 1 and len(targets) == int(target_lengths.sum())
+    if not in_rows and not in_line:
+        return (f'targets has the shape {tuple(targets.shape)} for {batch} utterances of up to '
+                f'{longest} labels; give (B, S), or all labels in one line')
+    return None
+
+
+def split_targets(targets: Tensor, target_lengths: Tensor) -> list[list[int]]:
+    """Targets in either form -> the symbols of each utterance."""
+    if targets.dim() == 1:
+        return [text.tolist() for text in targets.split(target_lengths.tolist())]
+    return [row[:length].tolist() for row, length in zip(targets, target_lengths.tolist())]
+
+
+def check_symbols(texts: Sequence[Sequence[int]], vocab_size: int, blank: int) -> Iterator[str]:
+    """Targets that are no labels."""
+    symbols = [symbol for text in texts for symbol in text]
+    blanks = symbols.count(blank)
+    if blanks:
+        yield (f'{blanks} of {len(symbols)} labels are the blank, symbol {blank}; number the '
+               'letters so that none has it, and leave padding out of target_lengths')
+    outside = sum(not 0 <= symbol < vocab_size for symbol in symbols)
+    if outside:
+        yield (f'{outside} of {len(symbols)} labels are not between 0 and {vocab_size - 1}; make '
+               'the head as large as the alphabet and the blank')
+
+
+def check_normalisation(log_probs: Tensor, input_lengths: Tensor) -> Iterator[str]:
+    """Outputs that are no logarithms of probabilities."""
+    if log_probs.isnan().any() or log_probs.isposinf().any():
+        yield 'log_probs holds NaN or infinity; look for the first layer whose output does'
+        return
+
+    def ones(totals):
+        return bool((totals - 1).abs().max() < 0.02)
+
+    valid = valid_frames(log_probs.shape[0], input_lengths)            # (B, T)
+    outputs = log_probs.transpose(0, 1)[valid]                         # (N, V)
+    if ones(outputs.exp().sum(1)):
+        return
+    if outputs.min() >= 0 and ones(outputs.sum(1)):
+        yield 'log_probs holds probabilities, not their logarithms; use log_softmax for softmax'
+    elif ones(log_probs.exp().sum(0)) or ones(log_probs.exp().sum(1)):
+        yield ('log_probs is normalised over time or over the batch; take log_softmax over the '
+               'symbols, the last dimension')
+    else:
+        yield ('log_probs is not normalised, as raw logits are not, and a loss of it may be '
+               'negative; take log_softmax over the last dimension')
+
+
+def check_lengths(log_probs: Tensor, texts: Sequence[Sequence[int]],
+                  input_lengths: Tensor) -> Iterator[str]:
+    """Numbers of outputs that cannot be right."""
+    frames = log_probs.shape[0]
+    longest = int(input_lengths.max())
+    if longest > frames:
+        yield (f'input_lengths go up to {longest} where there are {frames} outputs; divide them '
+               "by the network's stride, as it does")
+        return
+    needed = torch.tensor([len(text) + sum(map(int.__eq__, text, text[1:])) for text in texts])
+    missing = (needed - input_lengths).clamp_min(0)
+    if missing.any():
+        yield (f'{int((missing > 0).sum())} of {len(texts)} utterances have fewer outputs than '
+               f'labels and repeats, by up to {int(missing.max())}, so their loss is infinite; '
+               'make more outputs a second, or leave them out')
+    labels = sorted(map(len, texts))
+    last = log_probs[longest - 1].exp()                                # (B, V)
+    alike = int(((last - last[labels.index(labels[0])]).abs().amax(1) < 1e-3).sum())
+    same = len(texts) > 1 and bool((input_lengths == longest).all())
+    if same and longest == frames and (labels[-1] > 1.5 * labels[0] or 1 < alike < len(texts)):
+        yield (f'every input length is {frames}, the padded one, for {labels[0]} to {labels[-1]} '
+               f'labels (the last outputs of {alike} utterances are alike); give each clip its '
+               'own length, unless all are equally long')
+
+
+def check_outputs(log_probs: Tensor, texts: Sequence[Sequence[int]], input_lengths: Tensor,
+                  blank: int) -> Iterator[str]:
+    """Outputs that have learnt nothing, by the loss, its two lines and the phase."""
+    vocab_size = log_probs.shape[2]
+    order = list(range(vocab_size))  # the blank first
+    order[0], order[blank] = blank, 0
+    log_probs = log_probs[:, :, order].transpose(0, 1)                 # (B, T, V)
+    texts = [[order[symbol] for symbol in text] for text in texts]
+    target_lengths = torch.tensor([len(text) for text in texts])
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+    losses = F.ctc_loss(log_probs.transpose(0, 1), padded, input_lengths, target_lengths,
+                        reduction='none')
+    loss = (losses / target_lengths)[target_lengths > 0].mean().item()
+    lines = plateau_lines(texts, input_lengths, vocab_size)
+    outputs = Outputs(vocab_size, letter_entropy(texts))
+    outputs.add(log_probs, input_lengths, target_lengths)
+    summary = outputs.summary()
+    phase = name_phase(summary | {'train_loss': loss}, lines[1])
+    uniform, constant = lines
+    where = (f'the loss is {loss:.2f} nats a label, that of a uniform output {uniform:.2f}, of the '
+             f'best constant one {constant:.2f}')
+    shared = log_probs[:, :int(input_lengths.min())].exp()
+    if len(texts) > 1 and (shared - shared[:1]).abs().max() < 1e-4:
+        yield (f'every utterance gets the same outputs; {where}; see whether the sound reaches the '
+               'network: inputs that are all zero, a layer that is dead or cut off')
+    elif phase == 'uniform':
+        yield (f'phase uniform: {where}; every network starts here; if it stays for hundreds of '
+               'updates, raise the learning rate, or initialise the head with larger weights')
+    elif phase == 'constant':
+        yield (f'phase constant: the output hardly depends on the sound ({where}); if it stays, '
+               'see whether gradients reach the first layer and ten utterances can be learnt')
+    elif loss > constant:
+        yield (f'the output depends on the sound, and yet {where}; see whether texts and sounds '
+               "belong together, and whether blank and alphabet are the network's own")
 
 
 # ---- lines on the terminal -----------------------------------------------------------------------
@@ -369,7 +729,8 @@ def legend(lines: tuple[float, float]) -> str:
             f'training starts;\n    {constant:.2f} for the best guess without listening, where '
             'stuck models stay; below that it learns\n'
             'gradient: mean norm; blank: outputs that say nothing; sound: how much the outputs '
-            'depend on it,\n    0 % if they ignore it, about 100 % once each label has its output')
+            'depend on it,\n    0 % if they ignore it, about 100 % once each label has its output\n'
+            'at the end of a line: uniform or constant output (a plateau), learning, or learnt')
 
 
 def epoch_line(record: Mapping) -> str:
@@ -378,7 +739,8 @@ def epoch_line(record: Mapping) -> str:
     if 'wer' in record:
         parts += ['valid {valid_loss:.3f}', 'WER {wer:.1f} %', 'CER {cer:.1f} %']
     blank, sound = 100 * record['blank'], 100 * record['dependence_share']
-    parts += ['gradient {grad_norm:.2f}', f'blank {blank:.0f} %', f'sound {sound:.0f} %']
+    parts += ['gradient {grad_norm:.2f}', f'blank {blank:.0f} %', f'sound {sound:.0f} %',
+              '{phase}']
     line = '  '.join(parts).format(**record)
     return '\n    ! '.join([line, *record['warnings']])
 
@@ -407,8 +769,8 @@ def show_progress(update: int, updates: int, loss: float, seconds: float) -> Non
 # ---- reading and comparing runs ------------------------------------------------------------------
 
 # Of config.json: what tells nothing about how a run was made, or follows from the rest.
-NO_SETTINGS = ('run_dir', 'resume', 'data', 'plateaus', 'valid_plateaus', 'vocab_size', 'workers',
-               'threads', 'device', 'begun', 'undo', 'only')
+NO_SETTINGS = ('run_dir', 'resume', 'data', 'plateaus', 'valid_plateaus', 'length_correlation',
+               'vocab_size', 'workers', 'threads', 'device', 'begun', 'undo', 'only')
 
 
 class RunError(Exception):
@@ -418,12 +780,17 @@ class RunError(Exception):
 class Run(NamedTuple):
     """What a run folder holds; empty what it lacks."""
     name: str
-    settings: dict
+    config: dict                          # config.json
     log: list[dict]                       # of whole lines
     torn: bool                            # whether the log's last line was cut off
     split: str                            # 'test' or 'valid', whichever was scored last
     rates: dict                           # error rates on it
     sentences: list[list[str]]            # on it: [file, said, heard]
+
+    @property
+    def settings(self) -> dict:
+        """What tells how the run was made."""
+        return {key: value for key, value in self.config.items() if key not in NO_SETTINGS}
 
 
 def read_log(path: Path) -> tuple[list[dict], bool]:
@@ -466,8 +833,7 @@ def read_run(folder: str | Path) -> Run:
         sentences = []
         if results.get(split):
             sentences = read_sentences(folder / f'{split}.tsv')
-        settings = {key: value for key, value in config.items() if key not in NO_SETTINGS}
-        return Run(str(folder), settings, log, torn, split, results.get(split) or {}, sentences)
+        return Run(str(folder), config, log, torn, split, results.get(split) or {}, sentences)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f'{folder}: holds no whole run of train.py ({error!r}); name a run '
                        'folder') from None
@@ -482,7 +848,7 @@ def print_run(run: Run) -> None:
         if run.torn:
             print('the last line of the log is cut off, and left out here')
         if run.log:
-            print(*advice(run.log), sep='\n')
+            print(*explain(run.log, run.config), sep='\n')
         if run.rates:
             print(table([SCORES, score_row(run)]))
     except (KeyError, TypeError, ValueError) as error:
@@ -504,7 +870,7 @@ SCORES = ['run', 'scored', 'WER %', 'S', 'I', 'D', 'CER %', 'wrong sentences %',
 def score_row(run: Run) -> list:
     """A run's scores as cells of a table."""
     epochs = [record for record in run.log if 'wer' in record]
-    best = min(reversed(epochs), key=lambda r: (r['wer'], r['cer']))['epoch'] if epochs else ''
+    best = best_epoch(epochs)['epoch'] if epochs else ''
     minutes = f'{run.log[-1]["train_seconds"] / 60:.1f}' if run.log else ''
     if not run.rates:
         return [run.name, 'not finished', '', '', '', '', '', '', best, minutes]
@@ -571,29 +937,174 @@ def print_comparison(runs: Sequence[Run]) -> None:
                   f'(95 %: {low:+.2f} to {high:+.2f}): {verdict}')
 
 
+# ---- pictures ------------------------------------------------------------------------------------
+
+# Colours that colour-blind readers tell apart (Okabe & Ito 2008).
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+PHASE_COLOURS = {'uniform': '#999999', 'constant': '#E69F00', 'learning': '#56B4E9',
+                 'learnt': '#009E73'}
+LINE_STYLES = ('-', '--', ':', '-.')
+
+
+def load_pyplot():
+    """matplotlib.pyplot, for files alone. Raises RunError where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise RunError('--plot needs matplotlib, which is not installed; install it with '
+                       'python -m pip install matplotlib') from None
+    matplotlib.use('agg')
+    from matplotlib import pyplot
+    pyplot.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
+                            'axes.prop_cycle': pyplot.cycler(color=COLOURS),
+                            'legend.frameon': False})
+    return pyplot
+
+
+def save_picture(figure, path: str) -> None:
+    """Write a figure in the format of the path's suffix. Raises RunError."""
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise RunError(f'--plot {path}: cannot be written ({error})') from None
+
+
+def logarithmic(axes) -> None:
+    """A logarithmic axis whose ticks are plain numbers."""
+    axes.set_yscale('log')
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('{x:g}')
+    axes.tick_params(axis='y', which='minor', labelsize=7)
+
+
+def plot_losses(axes, runs: Sequence[Run]) -> None:
+    """Training and validation losses, and the two plateau lines of the first run's data."""
+    for run, colour in zip(runs, COLOURS):
+        epochs = [record['epoch'] for record in run.log]
+        axes.plot(epochs, [record['train_loss'] for record in run.log], color=colour,
+                  label=f'{Path(run.name).name}, training')
+        if 'valid_loss' in run.log[0]:
+            axes.plot(epochs, [record['valid_loss'] for record in run.log], '--', color=colour,
+                      label='... validation')
+    for name, loss in zip(('uniform', 'constant'), runs[0].config['plateaus']):
+        axes.axhline(loss, color='black', linestyle=':', linewidth=1)
+        axes.annotate(f'{name} output: {loss:.2f}', (1, loss), (-2, 3), ha='right',
+                      xycoords=('axes fraction', 'data'), textcoords='offset points')
+    logarithmic(axes)
+    axes.set_ylabel('CTC loss (nats per label)')
+    axes.legend()
+
+
+def plot_phases(axes, runs: Sequence[Run]) -> None:
+    """A bar for each run, coloured by its phases."""
+    for row, run in enumerate(runs):
+        for record in run.log:
+            axes.barh(row, 1, left=record['epoch'] - 0.5, height=0.8,
+                      color=PHASE_COLOURS[record['phase']])
+    axes.set_yticks(range(len(runs)), [Path(run.name).name for run in runs])
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    for phase, colour in PHASE_COLOURS.items():
+        axes.barh(0, 0, color=colour, label=phase)
+    axes.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1), columnspacing=1)
+    axes.spines[:].set_visible(False)
+
+
+def plot_error_rates(axes, runs: Sequence[Run]) -> None:
+    """Validation WER by epoch."""
+    for run, colour in zip(runs, COLOURS):
+        scored = [record for record in run.log if 'wer' in record]
+        axes.plot([record['epoch'] for record in scored], [record['wer'] for record in scored],
+                  color=colour)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel('validation WER (%)')
+
+
+def plot_gradients(axes, runs: Sequence[Run]) -> None:
+    """Mean gradient norms by part of the network."""
+    for run, colour in zip(runs, COLOURS):
+        parts = [key for key in run.log[0] if key.startswith('grad_')
+                 and key not in ('grad_norm', 'grad_norm_max')]
+        for part, style in zip(parts, LINE_STYLES):
+            axes.plot([record['epoch'] for record in run.log],
+                      [max(record[part], 1e-9) for record in run.log], style, color=colour,
+                      label=part.removeprefix('grad_') if run is runs[0] else None)
+    logarithmic(axes)
+    axes.set_ylabel('gradient norm (nats per label)')
+    axes.legend()
+
+
+def plot_runs(runs: Sequence[Run], path: str) -> None:
+    """Draw runs on the same axes: losses, phases, WER, gradient norms. Raises RunError."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplot_mosaic(
+        [['loss', 'wer'], ['loss', 'gradients'], ['phases', 'gradients']],
+        figsize=(10, 5.5), height_ratios=[3, 2, 0.5 + 0.3 * len(runs)], layout='constrained')
+    try:
+        plot_losses(axes['loss'], runs)
+        plot_phases(axes['phases'], runs)
+        plot_error_rates(axes['wer'], runs)
+        plot_gradients(axes['gradients'], runs)
+        epochs = max(record['epoch'] for run in runs for record in run.log)
+        for panel in axes.values():
+            panel.set_xlim(0.5, epochs + 0.5)
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.set_xlabel('epoch')
+    except (KeyError, IndexError) as error:
+        raise RunError(f'--plot: a run lacks what train.py writes ({error!r})') from None
+    save_picture(figure, path)
+    print(f'{path}: losses, phases, error rates and gradients of {len(runs)} runs')
+
+
 # ---- python monitor.py ---------------------------------------------------------------------------
+
+def print_lines(outputs: int, labels: int, vocab_size: int) -> None:
+    """Print both plateau lines without a run. Raises RunError."""
+    try:
+        uniform, constant = lines_of_lengths(outputs, labels, vocab_size)
+    except ValueError as error:
+        raise RunError(f'--lines: {error}') from None
+    print(f'{uniform:.2f} nats a label: every symbol equally likely, where training starts\n'
+          f'{constant:.2f} nats a label: the best output that ignores the sound; a loss that stays '
+          'near it has learnt nothing\n'
+          f'of {labels} labels in {outputs} outputs, {vocab_size} symbols with the blank, as '
+          'frequent as the letters of English; where the\nloss is a sum over labels, as '
+          f"reduction='sum' or 'none' give it: {uniform * labels:.1f} and "
+          f'{constant * labels:.1f} an utterance')
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description='Read a run: a table by epoch, warnings, the best epoch, how to go on. Or '
-                    'compare several: settings that differ, scores, their spread; for two, a '
-                    'paired bootstrap.')
-    parser.add_argument('run', nargs='+', help='run folder of train.py')
-    folders = parser.parse_args(argv).run
+        description='Read a run: a table by epoch, warnings, its phase, how to go on. Or compare '
+                    'several: settings that differ, scores, their spread; for two, a paired '
+                    'bootstrap.')
+    parser.add_argument('run', nargs='*', help='run folder of train.py')
+    parser.add_argument('--lines', nargs=3, type=int, metavar=('T', 'L', 'V'),
+                        help='the plateau lines of T outputs, L labels, V symbols with the blank')
+    parser.add_argument('--plot', metavar='FILE',
+                        help='draw the runs into a .png, .svg or .pdf file; needs matplotlib')
+    args = parser.parse_args(argv)
+    if not args.run and not args.lines:
+        parser.error('name run folders of train.py, or give --lines T L V')
     runs = []
     failed = False
-    for folder in folders:
+    for folder in args.run:
         try:
             run = read_run(folder)
-            if len(folders) == 1:
+            if len(args.run) == 1:
                 print_run(run)
             runs.append(run)
         except RunError as error:
             print(f'monitor.py: {error}', file=sys.stderr)
             failed = True
     try:
+        if args.lines:
+            print_lines(*args.lines)
         if len(runs) > 1:
             print_comparison(runs)
+        if args.plot and runs:
+            plot_runs(runs, args.plot)
+    except RunError as error:
+        sys.exit(f'monitor.py: {error}')
     except (KeyError, TypeError, ValueError) as error:
         sys.exit(f'monitor.py: a run lacks what train.py writes ({error!r}); look at each alone')
     sys.exit(failed)

@@ -1473,7 +1473,7 @@ def test_gradients_of_somebody_elses_network(network, names):
     norms = {f'grad_{name}': gradient_norm(network.get_submodule(name)) for name in names}
     assert gradients.clip(1e-3)
     summary = gradients.summary()
-    assert set(summary) == {*norms, 'grad_norm', 'grad_norm_max', 'nonfinite', 'clipped'}
+    assert set(norms) < set(summary)
     for key, norm in norms.items():
         assert summary[key] == pytest.approx(norm, rel=1e-5)
     assert gradient_norm(network) == pytest.approx(1e-3, rel=1e-2)
@@ -1560,16 +1560,18 @@ def test_learnt_output_is_recognised():
 HEALTHY = {'epoch': 1, 'train_seconds': 60.0, 'nonfinite': 0, 'clipped': 0.1, 'train_loss': 1.0,
            'train_way': 1.3, 'grad_norm': 1.7, 'grad_norm_max': 2.0, 'grad_backbone': 1.0,
            'grad_recurrent': 1.0, 'grad_head': 1.0, 'uniform_batches': 0, 'entropy': 0.2,
-           'dependence_share': 1.0, 'blank': 0.6, 'emitted': 1.0, 'warnings': []}
-VALIDATED = HEALTHY | {'valid_loss': 1.2, 'wer': 20.0, 'cer': 5.0}
+           'dependence_share': 1.0, 'blank': 0.6, 'emitted': 1.0, 'warnings': [],
+           'train_eval_loss': 0.9, 'updates': 1000, 'weight_change': 0.3, 'left_uniform': 20,
+           'left_constant': 300, 'vanished': [], 'exploded': [], 'phase': 'learning'}
+VALIDATED = HEALTHY | {'valid_loss': 1.2, 'valid_way': 1.2, 'valid_entropy': 0.1,
+                       'valid_dependence_share': 0.9, 'deletions': 0.02, 'wer': 20.0, 'cer': 5.0}
 SYMPTOMS = [
     ({'nonfinite': 2}, 'not finite'),
-    ({'train_loss': -0.24}, 'negative CTC loss'),
-    ({'grad_backbone': 1e-6}, 'vanishing gradient in the backbone'),
-    ({'grad_head': 1e5}, 'exploding gradient in the head'),
-    ({'uniform_batches': 3}, 'uniform'),
-    ({'dependence_share': 0.0}, 'ignores the sound'),
-    ({'blank': 0.999, 'emitted': 0.01}, 'blank collapse'),
+    ({'train_loss': -0.24, 'train_eval_loss': -0.5}, 'negative CTC loss'),
+    ({'exploded': ['head'], 'grad_head': 90.0}, 'exploding gradient in the head'),
+    ({'phase': 'uniform'}, 'uniform output'),
+    ({'phase': 'constant', 'blank': 0.999, 'emitted': 0.01}, 'constant output'),
+    ({'train_eval_loss': 2.0}, "batch norm's running statistics"),
 ]
 
 
@@ -1579,10 +1581,245 @@ def test_a_healthy_epoch_has_no_warnings():
 
 @pytest.mark.parametrize('symptom,words', SYMPTOMS)
 def test_warnings_say_what_is_wrong_and_the_next_step(symptom, words):
-    warnings = monitor.diagnose(HEALTHY | symptom)
-    assert any(words in warning for warning in warnings)
-    for warning in warnings:
-        assert re.search(r'; \w+', warning)
+    warning, = monitor.diagnose(HEALTHY | symptom)
+    assert words in warning
+    assert re.search(r'; \w+', warning)
+
+
+@pytest.mark.parametrize('symptom', [{'vanished': ['backbone']}, {'grad_backbone': 1e-6}])
+def test_a_gradient_vanishes_on_a_plateau_alone(symptom):
+    """What has been learnt needs no gradient any more."""
+    assert monitor.diagnose(HEALTHY | symptom) == []
+    plateau, vanishing = sorted(monitor.diagnose(HEALTHY | symptom | {'phase': 'constant'}))
+    assert plateau.startswith('constant output')
+    assert vanishing.startswith('vanishing gradient in the backbone')
+
+
+def part_warnings(norms):
+    """-> the parts that vanish and those that explode where the head has gradients of these
+    norms."""
+    network = SomebodysNetwork()
+    gradients = monitor.Gradients(network)
+    for norm in norms:
+        fill_gradients(network.encoder, 1.0)
+        fill_gradients(network.classifier, norm)
+        gradients.clip(0)
+    summary = gradients.summary()
+    return summary['vanished'], summary['exploded']
+
+
+@pytest.mark.parametrize('norms,warnings', [
+    ([1.0] * 100, ([], [])),
+    ([1.0] * 50 + [0.009] * 20, (['classifier'], [])),
+    ([1.0] * 50 + [0.009] * 19, ([], [])),
+    ([1.0] * 50 + [0.011] * 50, ([], [])),
+    ([0.009] * 100, ([], [])),                      # as it was from the start
+    ([1.0] * 50 + [11.0] * 11, ([], ['classifier'])),
+    ([1.0] * 50 + [9.0] * 50, ([], [])),
+    ([1.0] * 60 + [1000.0] * 9, ([], [])),          # peaks, which are clipped
+])
+def test_gradients_are_held_against_those_of_the_first_updates(norms, warnings):
+    assert part_warnings(norms) == warnings
+
+
+def test_gradients_and_departures_go_on_where_they_were(tmp_path):
+    """As a resumed run needs it, for which every state is plain data."""
+    network = SomebodysNetwork()
+    whole, first, second = [monitor.Gradients(network) for _ in range(3)]
+    watches = [monitor.Departures((10.0, 3.0)) for _ in range(3)]
+    for update in range(90):
+        fill_gradients(network, 1.0 if update < 50 else 1e-3)
+        for gradients in (whole, first if update < 60 else second):
+            gradients.clip(0)
+        for watch in (watches[0], watches[1] if update < 60 else watches[2]):
+            watch.add(10.0 - update / 10)
+        if update == 59:
+            second.restore(json.loads(json.dumps(first.state())))
+            watches[2].restore(json.loads(json.dumps(watches[1].state())))
+    assert second.state() == whole.state()
+    assert second.vanished == whole.vanished == {'encoder', 'classifier'}
+    assert watches[2].state() == watches[0].state()
+
+
+def test_a_run_leaves_its_plateaus_where_the_mean_of_20_updates_does():
+    """A loss that falls by 0.1 an update: the mean of the last 20 is 0.95 above it."""
+    watch = monitor.Departures((10.0, 3.0))
+    for update in range(1, 101):
+        watch.add(10.0 - update / 10)
+    # 10 - u / 10 + 0.95 < 6.5 and < 2.7
+    assert watch.left == {'left_uniform': 45, 'left_constant': 83}
+
+
+@pytest.mark.parametrize('change,before,phase', [
+    ({'valid_dependence_share': 0.01, 'valid_entropy': 0.99}, 2.0, 'uniform'),
+    ({'valid_dependence_share': 0.01, 'valid_entropy': 0.3}, 2.0, 'constant'),
+    ({'valid_loss': 2.8}, 3.0, 'constant'),         # depends on the sound, to no use
+    ({}, 2.0, 'learning'),
+    ({'valid_loss': 0.2}, 0.3, 'learning'),         # still falls
+    ({'valid_loss': 0.2}, None, 'learning'),
+    ({'valid_loss': 0.2}, 0.205, 'learnt'),
+    ({'valid_loss': 0.35}, 0.35, 'learning'),       # above a tenth of the constant line
+])
+def test_phases_by_validation(change, before, phase):
+    before = VALIDATED | {'valid_loss': before} if before else None
+    assert monitor.name_phase(VALIDATED | change, 3.0, before) == phase
+
+
+def test_a_phase_without_validation():
+    assert monitor.name_phase(HEALTHY | {'dependence_share': 0.01}, 3.0) == 'constant'
+
+
+@pytest.mark.parametrize('outputs,labels', [(60, 30), (250, 12)])
+def test_lines_without_a_run(outputs, labels, capsys):
+    """The uniform one by counting paths: T outputs, L labels without repeats, (T+L choose 2L)."""
+    assert exit_code(monitor.main, '--lines', outputs, labels, 1000) is False
+    out = capsys.readouterr().out
+    paths = math.lgamma(outputs + labels + 1) - math.lgamma(2 * labels + 1)
+    paths -= math.lgamma(outputs - labels + 1)
+    uniform = (outputs * math.log(1000) - paths) / labels
+    assert float(out.split()[0]) == pytest.approx(uniform, rel=0.01)
+    uniform, constant = monitor.lines_of_lengths(outputs, labels, 28)
+    assert 2.5 < constant < 3.3 < uniform
+
+
+@pytest.mark.parametrize('words', ['10 12 28', '10 0 28', '10 5 1', '5 5 2'])
+def test_lines_that_cannot_be(words, capsys):
+    assert '--lines: ' in exit_code(monitor.main, '--lines', *words.split())
+
+
+# ---- monitor: a batch of anybody's network -------------------------------------------------------
+
+class SomebodysGRU(nn.Module):
+    """(T, B, 8), lengths -> log-probabilities (T, B, 6)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(8, 32, bidirectional=True)
+        self.head = nn.Linear(64, 6)
+
+    def forward(self, x):
+        return self.head(self.gru(x)[0]).log_softmax(2)
+
+
+class SomebodysTransformer(nn.Module):
+    """The same by attention; the position is the last two features."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs = nn.Linear(8, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 6)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.inputs(x))).log_softmax(2)
+
+
+class CTCBatch(NamedTuple):
+    """Arguments of F.ctc_loss."""
+    log_probs: torch.Tensor
+    targets: torch.Tensor
+    input_lengths: torch.Tensor
+    target_lengths: torch.Tensor
+
+
+def toy_batch(seed, size=8):
+    """Texts of 3 to 8 symbols of five, each sounding for four frames -> (x, the other arguments)."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 9, (size,), generator=rng)
+    targets = torch.randint(1, 6, (size, 8), generator=rng)
+    x = 0.3 * torch.randn(70, size, 8, generator=rng)
+    x[:, :, 6:] = 0
+    frames = 7 * lengths + 4
+    for row in range(size):
+        for i in range(int(lengths[row])):
+            x[7 * i + 3:7 * i + 7, row, targets[row, i] - 1] += 2
+        x[frames[row]:, row] = 0  # padding
+    position = torch.arange(70) / 10
+    x[:, :, 6] = position.sin()[:, None]
+    x[:, :, 7] = position.cos()[:, None]
+    return x, (targets, frames, lengths)
+
+
+@functools.cache
+def learnt_network(kind):
+    """A network that is not ours, after a few hundred updates."""
+    torch.manual_seed(0)
+    network = kind()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for update in range(250):
+        x, rest = toy_batch(update)
+        loss = F.ctc_loss(network(x), *rest)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.eval()
+
+
+NETWORKS_OF_OTHERS = [SomebodysGRU, SomebodysTransformer]
+CTC_FAULTS = {
+    'raw logits': (lambda b: b._replace(log_probs=3 * b.log_probs + 1), 'is not normalised'),
+    'probabilities': (lambda b: b._replace(log_probs=b.log_probs.exp()), 'holds probabilities'),
+    'wrong dimension': (lambda b: b._replace(log_probs=b.log_probs.log_softmax(0)),
+                        'normalised over time'),
+    'not a number': (lambda b: b._replace(log_probs=b.log_probs * float('nan')), 'holds NaN'),
+    'blank': (lambda b: b._replace(targets=b.targets - 1), 'are the blank, symbol 0'),
+    'outside': (lambda b: b._replace(targets=b.targets + 2), 'are not between 0 and 5'),
+    'batch first': (lambda b: b._replace(log_probs=b.log_probs.transpose(0, 1)),
+                    'looks like (B, T, V)'),
+    'padded lengths': (lambda b: b._replace(input_lengths=torch.full((8,), 70)),
+                       'every input length is 70, the padded one'),
+    'lengths of the input': (lambda b: b._replace(input_lengths=4 * b.input_lengths),
+                             'where there are 70 outputs'),
+    'too few outputs': (lambda b: b._replace(input_lengths=b.input_lengths // 8 + 1),
+                        'fewer outputs than labels and repeats'),
+    'one output for all': (lambda b: b._replace(log_probs=b.log_probs[:, :1].expand(-1, 8, -1)),
+                           'every utterance gets the same outputs'),
+    'other texts': (lambda b: b._replace(targets=b.targets % 5 + 1),
+                    'texts and sounds belong together'),
+    'blank elsewhere': (lambda b: b._replace(log_probs=b.log_probs.roll(1, 2)),
+                        "blank and alphabet are the network's own"),
+    'lengths of another batch': (lambda b: b._replace(input_lengths=b.input_lengths[:4]),
+                                 '4 input lengths and 8 target lengths'),
+}
+
+
+@pytest.mark.parametrize('kind', NETWORKS_OF_OTHERS)
+def test_nothing_is_found_in_a_healthy_network_of_others(kind):
+    for seed in range(1003, 1006):
+        x, rest = toy_batch(seed)
+        assert monitor.check_ctc(learnt_network(kind)(x), *rest) == []
+
+
+@pytest.mark.parametrize('kind', NETWORKS_OF_OTHERS)
+@pytest.mark.parametrize('fault', CTC_FAULTS)
+def test_a_fault_in_a_network_of_others_is_named_and_no_other(kind, fault):
+    plant, words = CTC_FAULTS[fault]
+    for seed in range(1003, 1006):
+        x, rest = toy_batch(seed)
+        finding, = monitor.check_ctc(*plant(CTCBatch(learnt_network(kind)(x), *rest)))
+        assert words in finding
+        assert re.search(r'[;,] \w+', finding)
+
+
+def test_the_plateaus_of_a_batch_are_named():
+    """An output of equal symbols, and one of mostly blank, with little noise."""
+    x, rest = toy_batch(1)
+    logits = 1e-2 * torch.randn(70, 8, 6)
+    finding, = monitor.check_ctc(logits.log_softmax(2), *rest)
+    assert finding.startswith('phase uniform')
+    logits[:, :, 0] += 3
+    finding, = monitor.check_ctc(logits.log_softmax(2), *rest)
+    assert finding.startswith('phase constant')
+
+
+def test_a_batch_is_checked_in_any_form_that_ctc_loss_takes():
+    """Another blank, labels in one line, lists of lengths: the healthy network stays healthy."""
+    x, (targets, frames, lengths) = toy_batch(1003)
+    log_probs = learnt_network(SomebodysGRU)(x)
+    line = torch.cat([row[:length] for row, length in zip(targets, lengths)])
+    assert monitor.check_ctc(log_probs, line, frames.tolist(), lengths.tolist()) == []
+    assert monitor.check_ctc(log_probs.roll(-1, 2), targets - 1, frames, lengths, blank=5) == []
 
 
 # ---- monitor: reading of runs --------------------------------------------------------------------
@@ -1600,8 +1837,18 @@ def test_an_epoch_line_without_validation():
     assert 'WER' not in line
 
 
+STUCK = VALIDATED | {'phase': 'constant', 'valid_way': 0.99, 'train_way': 0.99,
+                     'left_constant': None}
+
+
 @pytest.mark.parametrize('last,step', [
-    (VALIDATED | {'dependence_share': 0.01}, 'the plateau was never left'),
+    (STUCK, 'the plateau was not left'),
+    (STUCK | {'updates': 100}, '100 updates are few'),
+    (STUCK | {'weight_change': 1e-4}, 'the weights hardly move'),
+    (STUCK | {'weight_change': 50.0}, 'the weights are thrown about'),
+    (STUCK | {'warnings': ['vanishing gradient']}, 'the gradient does not reach every part'),
+    (STUCK | {'left_constant': 300}, 'what is learnt serves the training utterances alone'),
+    (VALIDATED | {'train_eval_loss': 2.0, 'warnings': ['batch norm']}, 'batch norm'),
     (VALIDATED | {'nonfinite': 1}, 'updates are lost or cut'),
     (VALIDATED | {'clipped': 1.0, 'train_way': 1.0}, 'updates are lost or cut'),
     (HEALTHY, 'nothing was validated'),
@@ -1610,15 +1857,19 @@ def test_an_epoch_line_without_validation():
     (VALIDATED, 'no warning applies'),
 ])
 def test_advice_on_how_to_go_on(last, step):
-    *_, advice = monitor.advice([VALIDATED, last])
+    *_, advice = monitor.explain([last], {'length_correlation': 0.8})
     assert advice.startswith(f'how to go on: {step}')
+
+
+def test_transcripts_of_other_recordings_are_known_by_their_lengths():
+    *_, advice = monitor.explain([STUCK], {'length_correlation': 0.03})
+    assert 'do not belong together' in advice
 
 
 def test_advice_names_the_best_epoch():
     """Of equal ones the last, which is the one that best.pt holds."""
     log = [VALIDATED | {'epoch': i, 'wer': wer} for i, wer in enumerate([30, 10, 10, 20], 1)]
-    best, _ = monitor.advice(log)
-    assert best.startswith('best epoch 3 of 4: WER 10.00 %')
+    assert 'best epoch 3 of 4: WER 10.00 %, CER 5.00 %' in monitor.explain(log, {})
 
 
 def test_a_run_describes_itself(first_run, capsys):
@@ -1626,7 +1877,8 @@ def test_a_run_describes_itself(first_run, capsys):
     out = capsys.readouterr().out
     assert 'best epoch' in out
     assert 'how to go on' in out
-    assert len(out.splitlines()) >= 1 + 3 + 2  # its name, epochs, advice
+    assert 'phase: ' in out
+    assert len(out.splitlines()) >= 1 + 3 + 5  # its name, epochs, advice
     for record in first_run.log:
         assert monitor.epoch_line(record) in out
 
@@ -1687,6 +1939,139 @@ def test_two_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
     assert high == pytest.approx(100)
     assert exit_code(monitor.main, tmp_path / 'one', tmp_path / 'two') is False
     assert 'no difference that this test can show' in capsys.readouterr().out
+
+
+# ---- monitor: pictures, and the README's example -------------------------------------------------
+
+def png_size(path):
+    """-> (width, height) of a picture."""
+    content = path.read_bytes()
+    assert content.startswith(b'\x89PNG')
+    return int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
+
+
+def test_runs_and_clips_are_drawn(first_run, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    one, two, clip = [tmp_path / f'{name}.png' for name in ('one', 'two', 'clip')]
+    assert exit_code(monitor.main, first_run.folder, '--plot', one) is False
+    assert exit_code(monitor.main, first_run.folder, first_run.folder, '--plot', two) is False
+    assert 'of 2 runs' in capsys.readouterr().out
+    checkpoint = first_run.folder / 'best.pt'
+    assert exit_code(model.main, checkpoint, first_run.folder / 'clip.wav', '--plot', clip) is False
+    for picture in one, two, clip:
+        assert png_size(picture)[0] == 1200
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_line(first_run, tmp_path, capsys, monkeypatch):
+    clip = first_run.folder / 'clip.wav'
+    assert 'name one' in exit_code(model.main, first_run.folder / 'best.pt', '--plot', 'p.png')
+    if 'matplotlib' in sys.modules:
+        message = exit_code(monitor.main, first_run.folder, '--plot', tmp_path / 'picture.txt')
+        assert 'cannot be written' in message
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    message = exit_code(monitor.main, first_run.folder, '--plot', tmp_path / 'picture.png')
+    assert 'needs matplotlib, which is not installed; install it with' in message
+    assert exit_code(model.main, first_run.folder / 'best.pt', clip, '--plot', 'p.png') is True
+    assert 'needs matplotlib' in capsys.readouterr().err
+
+
+def test_the_example_of_the_readme_runs_as_it_is_written(capsys):
+    readme = Path(model.__file__).with_name('README.md').read_text(encoding='utf-8')
+    _, example, rest = re.split('```(?:python)?\n', readme)
+    exec(example, {})
+    assert capsys.readouterr().out.strip() == rest.strip().split('\n')[0].strip()
+
+
+# ---- monitor: planted faults ---------------------------------------------------------------------
+
+def shuffle_transcripts(folder):
+    """The built-in training corpus with each text at another recording -> its manifest."""
+    manifest = Path(data.builtin_corpus()['train'])
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    texts = [row['text'] for row in rows]
+    random.Random(0).shuffle(texts)
+    for row, text in zip(rows, texts):
+        row['text'] = text
+    shuffled = manifest.with_name('shuffled.jsonl')
+    write_lines(shuffled, map(json.dumps, rows))
+    return ['--train_data', shuffled, '--skip_bad', '--valid_data', data.builtin_corpus()['valid']]
+
+
+def scale_the_second_layer_down(monkeypatch):
+    """What the second LSTM layer hears is 1e-4 of what the first says, and so are gradients."""
+    forward = model.BiLSTM.forward
+
+    def faint(layer, x, lengths):
+        is_second = layer.forward_lstm.input_size == 2 * layer.forward_lstm.hidden_size
+        return forward(layer, 1e-4 * x if is_second else x, lengths)
+
+    monkeypatch.setattr(model.BiLSTM, 'forward', faint)
+
+
+def forget_batch_norm(monkeypatch):
+    """Batch norm's running statistics keep what they began with."""
+
+    def forward(layer, x):
+        layer.momentum = 1e-4
+        return nn.BatchNorm2d.forward(layer, x)
+
+    monkeypatch.setattr(model.BatchNorm, 'forward', forward)
+
+
+PLANTED = {
+    'learning rate too low': (['--learning_rate=3e-6'], 'the weights hardly move'),
+    'learning rate too high': (['--learning_rate=3e-2'], 'the weights are thrown about'),
+    'too few updates': (['--epochs=1', '--num_train_samples=200'], 'updates are few'),
+    'shuffled transcripts': (shuffle_transcripts, 'recordings and transcripts do not belong'),
+    'vanishing gradient': (scale_the_second_layer_down, 'the gradient does not reach every part'),
+    'statistics of batch norm': (forget_batch_norm, "batch norm's running statistics"),
+}
+
+
+@pytest.fixture(scope='module')
+def spoken_corpus(tmp_path_factory):
+    """A folder with the built-in corpus."""
+    folder = tmp_path_factory.mktemp('spoken')
+    with contextlib.chdir(folder):
+        data.builtin_corpus()
+    return folder
+
+
+@slow
+@pytest.mark.parametrize('seed', [3, 4, 5])
+@pytest.mark.parametrize('fault', PLANTED)
+def test_a_planted_fault_is_named_and_no_other(fault, seed, spoken_corpus, tmp_path, monkeypatch):
+    """Thresholds were chosen on seeds 0 to 2."""
+    monkeypatch.chdir(spoken_corpus)
+    plant, words = PLANTED[fault]
+    flags = ['--interctc_weight=0'] if plant is scale_the_second_layer_down else []
+    if isinstance(plant, list):
+        flags += plant
+    elif plant is shuffle_transcripts:
+        flags += plant(spoken_corpus)
+    else:
+        plant(monkeypatch)
+    if '--epochs=1' not in flags:
+        flags.append('--epochs=4')
+    train.main([*map(str, flags), '--blocks=3', '--frames_per_output=4', '--hidden=64',
+                f'--seed={seed}', '--test_data=none', f'--run_dir={tmp_path / "run"}'])
+    run = monitor.read_run(tmp_path / 'run')
+    *_, step = monitor.explain(run.log, run.config)
+    assert words in step
+
+
+@slow
+@pytest.mark.parametrize('seed', [3, 4, 5])
+@pytest.mark.parametrize('frames_per_output', [4, 2, 1])
+def test_a_healthy_run_has_no_warning_after_its_first_fifth(frames_per_output, seed, spoken_corpus,
+                                                            tmp_path, monkeypatch):
+    monkeypatch.chdir(spoken_corpus)
+    train.main(['--blocks=3', f'--frames_per_output={frames_per_output}', '--hidden=64',
+                '--epochs=10', f'--seed={seed}', '--test_data=none',
+                f'--run_dir={tmp_path / "run"}'])
+    log = monitor.read_run(tmp_path / 'run').log
+    assert [warning for record in log[2:] for warning in record['warnings']] == []
+    assert log[-1]['phase'] in ('learning', 'learnt')
 
 
 # ---- train: two samples --------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import model
@@ -51,6 +51,7 @@ except ImportError:  # Windows
 EVALUATION_BATCH = 16   # utterances
 CHECK_UP_TO = 5000      # utterances; of more, files are decoded beforehand only with --skip_bad
 OVERFIT_UPDATES = 25    # at least, in an epoch of --overfit
+TRAIN_EVALUATED = 32    # training utterances that are scored after each epoch
 SHAPING = ('n_mels', 'blocks', 'deep_path', 'upsample', 'squeeze_excite', 'projection', 'hidden',
            'layers')    # fields of model.Config that the weights' shapes depend on
 EVALUATION_FLAGS = {'evaluate', 'test_data', 'skip_bad', 'run_dir', 'device', 'threads', 'workers'}
@@ -352,11 +353,12 @@ class Diverged(Exception):
 
 def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: Optimizer,
                 schedule: Schedule, gradients: monitor.Gradients, outputs: monitor.Outputs,
-                args: argparse.Namespace, progress: Callable = lambda update, loss: None) -> float:
+                args: argparse.Namespace,
+                watch: Callable = lambda update, mean, loss: None) -> float:
     """One pass over the batches -> the mean training loss in nats per label, of this process.
 
-    Raises Diverged at a loss that is not finite, and where no update, or ten in a row, could be
-    made.
+    watch(update, mean so far, loss) is called after each. Raises Diverged at a loss that is not
+    finite, and where no update, or ten in a row, could be made.
     """
     network.train()
     gradients.reset()
@@ -385,10 +387,11 @@ def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: Op
         if len(lost) == MOST_LOST:
             raise Diverged(f'{MOST_LOST} updates in a row had gradients that are not finite',
                            sum(lost, ()))
-        total += loss.item() * len(batch.mels)
+        batch_loss = loss.item()
+        total += batch_loss * len(batch.mels)
         count += len(batch.mels)
         outputs.add(layers[-1], lengths, target_lengths)
-        progress(update, total / count)
+        watch(update, total / count, batch_loss)
     if len(lost) == update:
         raise Diverged('no update of the epoch had finite gradients', sum(lost, ()))
     return total / count
@@ -406,6 +409,7 @@ class Evaluation(NamedTuple):
     """What evaluate found."""
     loss: float                # mean, in nats per label
     rates: dict                # monitor.error_rates
+    outputs: dict              # monitor.Outputs.summary
     sentences: list[Sentence]  # in the utterances' order
 
 
@@ -415,12 +419,15 @@ def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu',
     """Score every utterance once; the loss leaves those out that CTC cannot align."""
     network.eval()
     losses, sentences = [], []
+    targets = [data.encode(u.text, speech.alphabet) for u in speech.utterances]
+    outputs = monitor.Outputs(len(speech.alphabet), monitor.letter_entropy(targets))
     batches = data.evaluation_batches(speech.utterances, EVALUATION_BATCH)
     for batch in data.progress(data.loader(speech, batches, workers), len(batches), 'scoring'):
         log_probs, lengths = network(batch.mels.to(device), batch.lengths.to(device))
         log_probs, lengths = log_probs.cpu(), lengths.cpu()
         loss = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, lengths, batch.target_lengths,
                           reduction='none')
+        outputs.add(log_probs, lengths, batch.target_lengths)
         aligned = (batch.target_lengths > 0) & ~loss.isinf()
         losses += (loss / batch.target_lengths)[aligned].tolist()
         paths = log_probs.argmax(2).tolist()
@@ -431,7 +438,8 @@ def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu',
                                       heard=data.decode(symbols, speech.alphabet),
                                       strip=''.join(strip)))
     rates = monitor.error_rates([s.said for s in sentences], [s.heard for s in sentences])
-    return Evaluation(sum(losses) / max(1, len(losses)), rates, sorted(sentences))
+    return Evaluation(sum(losses) / max(1, len(losses)), rates, outputs.summary(),
+                      sorted(sentences))
 
 
 # ---- data and network of a run -------------------------------------------------------------------
@@ -705,7 +713,8 @@ def open_run(task: Task, held: contextlib.ExitStack) -> Path:
         args.run_dir = str(folder)
         config = vars(args) | asdict(task.network.config)
         config |= {'plateaus': task.plateaus, 'valid_plateaus': task.valid_plateaus,
-                   'data': fingerprint, 'ranks': task.ranks}
+                   'data': fingerprint, 'ranks': task.ranks,
+                   'length_correlation': data.length_correlation(task.splits.train)}
         save_text(json.dumps(config, indent=1) + '\n', folder / 'config.json')
     except OSError as error:
         raise data.DataError(f'--run_dir {args.run_dir or "runs/"}: cannot be made '
@@ -771,6 +780,7 @@ class Learner:
         self.total_updates = task.updates_an_epoch * task.args.epochs
         self.optimizer, self.schedule = make_optimizer(task.network, task.args, self.total_updates)
         self.gradients = monitor.Gradients(task.network, PARTS)
+        self.departures = monitor.Departures(task.plateaus)
         targets = [data.encode(u.text, task.alphabet) for u in task.splits.train]
         self.outputs = monitor.Outputs(len(task.alphabet), monitor.letter_entropy(targets))
 
@@ -786,24 +796,28 @@ class Learner:
     def train(self, epoch: int) -> dict:
         """One epoch -> its record of the log. Raises DataError."""
         start = time.time()
-        before = (epoch - 1) * self.task.updates_an_epoch
+        done = (epoch - 1) * self.task.updates_an_epoch
         learning_rate = self.schedule.get_last_lr()[0]
+        before = [weight.detach().clone() for weight in self.network.parameters()]
 
-        def progress(update, loss):
+        def watch(update, mean, loss):
+            self.departures.add(loss)
             if self.task.rank == 0:
-                monitor.show_progress(before + update, self.total_updates, loss,
+                monitor.show_progress(done + update, self.total_updates, mean,
                                       (time.time() - start) / update)
 
         try:
             loss = train_epoch(self.trained, self.batches(epoch), self.optimizer, self.schedule,
-                               self.gradients, self.outputs, self.task.args, progress)
+                               self.gradients, self.outputs, self.task.args, watch)
         except Diverged as error:
             names = ' '.join(self.speech.utterances[i].path.name for i in error.indices)
             raise data.DataError(f'training diverged in epoch {epoch}: {error}; lower '
                                  f'--learning_rate, or look at {names}') from None
         record = {'epoch': epoch, 'train_loss': loss,
                   'train_way': monitor.plateau_fraction(loss, self.task.plateaus),
-                  'learning_rate': learning_rate, 'train_seconds': time.time() - start}
+                  'learning_rate': learning_rate, 'train_seconds': time.time() - start,
+                  'updates': self.departures.updates, **self.departures.left,
+                  'weight_change': relative_change(before, self.network.parameters())}
         record |= self.gradients.summary() | self.outputs.summary()
         if self.network.gate is not None:
             record['gate'] = self.network.gate.abs().mean().item()
@@ -819,17 +833,27 @@ class Learner:
             random_states = [None] * self.task.ranks
             torch.distributed.all_gather_object(random_states, own)
         return {'model': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                'schedule': self.schedule.state_dict(), 'random': random_states}
+                'schedule': self.schedule.state_dict(), 'random': random_states,
+                'gradients': self.gradients.state(), 'departures': self.departures.state()}
 
     def restore(self, state: dict) -> None:
         """Go on from what state() gave."""
         self.network.load_state_dict(state['model'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.schedule.load_state_dict(state['schedule'])
+        self.gradients.restore(state['gradients'])
+        self.departures.restore(state['departures'])
         cpu, *cuda = state['random'][self.task.rank]
         torch.set_rng_state(cpu)
         if cuda and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda[0])
+
+
+def relative_change(before: Sequence[Tensor], after: Iterable[Tensor]) -> float:
+    """The norm of the change of all weights together, as a share of their own."""
+    change = sum((new.detach() - old).square().sum() for old, new in zip(before, after))
+    size = sum(old.square().sum() for old in before)
+    return (change / size).sqrt().item()
 
 
 def load_state(folder: Path, learner: Learner) -> RunState:
@@ -859,9 +883,14 @@ def load_state(folder: Path, learner: Learner) -> RunState:
     return state
 
 
-def validate(task: Task, record: dict) -> Evaluation | None:
-    """Score the validation data, if any, and add what it says to the record. Raises DataError."""
+def validate(task: Task, record: dict, before: dict | None) -> Evaluation | None:
+    """Score the validation data, if any, and add what it says to the record, with the phase.
+
+    before: the record of the epoch before, if there was one. Raises DataError.
+    """
     evaluation = None
+    # The same network in eval mode: where it does worse, batch norm's statistics are not right.
+    record['train_eval_loss'] = task.evaluate(task.splits.train[:TRAIN_EVALUATED]).loss
     if task.splits.valid:
         evaluation = task.evaluate(task.splits.valid)
         if not math.isfinite(evaluation.loss):
@@ -869,7 +898,12 @@ def validate(task: Task, record: dict) -> Evaluation | None:
                                  'lower --learning_rate')
         record |= {'valid_loss': evaluation.loss,
                    'valid_way': monitor.plateau_fraction(evaluation.loss, task.valid_plateaus),
+                   'valid_entropy': evaluation.outputs['entropy'],
+                   'valid_dependence_share': evaluation.outputs['dependence_share'],
+                   'deletions': evaluation.rates['deletions'] / evaluation.rates['words'],
                    'wer': evaluation.rates['wer'], 'cer': evaluation.rates['cer']}
+    _, constant = task.valid_plateaus or task.plateaus
+    record['phase'] = monitor.name_phase(record, constant, before)
     record['warnings'] = monitor.diagnose(record)
     return evaluation
 
@@ -893,7 +927,7 @@ def fit(task: Task, folder: Path) -> RunState:
         record['train_seconds'] = state.train_seconds
         if task.rank:
             continue  # the first process validates, prints and writes
-        evaluation = validate(task, record)
+        evaluation = validate(task, record, state.records[-1] if state.records else None)
         rates = evaluation.rates if evaluation else None
         state.records.append(record)
         state.last = make_checkpoint(task, state.epoch, rates)
@@ -1116,6 +1150,10 @@ def describe_task(task: Task) -> None:
     if outputs < 2 and frames_per_output > 1:
         advice = f'; that is fast speech, so try --frames_per_output {frames_per_output // 2}'
     print(f'{outputs:.1f} outputs a label{advice}')
+    correlation = data.length_correlation(task.splits.train)
+    if monitor.unrelated_lengths(correlation):
+        print(f'the lengths of recordings and of transcripts have a correlation of '
+              f'{correlation:.2f}, in speech it is above 0.5: do they belong together?')
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> dict:
