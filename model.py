@@ -583,8 +583,8 @@ def plot_clip(network: Recogniser, alphabet: list[str], wave: Tensor, path: str)
     times = begin + output_seconds * (torch.arange(len(probabilities)) + 0.5)
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(10, 4.5),
                                              layout='constrained')
-    above.imshow(mels.T.numpy(), origin='lower', aspect='auto', extent=(begin, end, 0, mels.shape[1]),
-                 cmap='magma')
+    above.imshow(mels.T.numpy(), origin='lower', aspect='auto', cmap='magma',
+                 extent=(begin, end, 0, mels.shape[1]))
     above.set_ylabel('mel band')
     below.fill_between(times, probabilities[:, 0], color='0.85', step='mid', label='blank')
     path_symbols = probabilities.argmax(1).tolist()

@@ -1724,7 +1724,7 @@ class CTCBatch(NamedTuple):
 
 
 def toy_batch(seed, size=8):
-    """Texts of 3 to 8 symbols of five, each sounding for four frames -> (x, the other arguments)."""
+    """Texts of 3 to 8 symbols of five, each of four frames -> (x, the other arguments)."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 9, (size,), generator=rng)
     targets = torch.randint(1, 6, (size, 8), generator=rng)
