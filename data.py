@@ -320,6 +320,26 @@ def encode(text: str, alphabet: Sequence[str]) -> list[int]:
     return [symbol[character] for character in text if character in symbol]
 
 
+def read_text(path: str | Path, alphabet: Sequence[str]) -> list[str]:
+    """The lines of a text, normalised, without characters that the alphabet lacks.
+
+    Raises DataError.
+    """
+    try:
+        lines = Path(path).read_text(encoding='utf-8').splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f'{path}: cannot be read as text ({error}); give a UTF-8 text, a sentence '
+                        'a line') from None
+    known = set(alphabet)
+    texts = [normalise_text(''.join(c if c in known else ' ' for c in normalise_text(line)))
+             for line in lines]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise DataError(f'{path}: holds no line in the characters of the training transcripts; '
+                        'give another text')
+    return texts
+
+
 def decode(symbols: Iterable[int], alphabet: Sequence[str]) -> str:
     """Symbols -> text."""
     return ''.join(alphabet[symbol] for symbol in symbols)

@@ -3,6 +3,7 @@ output is read.
 
     python model.py CHECKPOINT                          what it is, what it was trained on, how well
     python model.py CHECKPOINT clip.wav ... [--times]   transcripts, with the time of every word
+    python model.py CHECKPOINT clip.wav --beam 16       ... by beam search with a character model
     python model.py CHECKPOINT clip.wav --plot p.png    what it hears, and how sure it is, over time
 
     log-mels     (B, 1, T, 80)        100 frames a second, each clip with its true length
@@ -23,19 +24,25 @@ batches of nearly equal lengths have little.)
 
 From Python:
 
-    network, alphabet, _ = model.load_checkpoint('runs/.../best.pt')
+    checkpoint = model.load_checkpoint('runs/.../best.pt')
     wave = data.read_wave('clip.wav')
-    print(model.transcribe(network, alphabet, wave).text)
+    print(model.transcribe(checkpoint, wave).text)
 
 References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks; section 6.4: two
 paths, added); Touvron et al. 2021, "Going deeper with image transformers" (LayerScale: the gate);
 Graves et al. 2006, "Connectionist Temporal Classification"; Jozefowicz et al. 2015 (forget bias 1);
-Glorot & Bengio 2010 (Xavier initialisation); He et al. 2015 (of the convolutions).
+Glorot & Bengio 2010 (Xavier initialisation); He et al. 2015 (of the convolutions); Hannun et al.
+2014, "First-pass large vocabulary continuous speech recognition using bi-directional recurrent
+DNNs" (prefix beam search); Witten & Bell 1991 (the character model's smoothing); Zeyer et al. 2021,
+"Why does CTC result in peaky behavior?".
 """
 import argparse
+import json
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -477,11 +484,193 @@ def greedy_decode(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
             for path, length in zip(paths, lengths.tolist())]
 
 
+def align(log_probs: Tensor, symbols: Sequence[int]) -> list[Emission]:
+    """When each symbol of a text is emitted, on the likeliest of the paths that collapse to it.
+
+    log_probs (T', V). The states are blank, symbol, blank, ..., blank; a path stays, goes one state
+    on, or skips the blank between two different symbols (Viterbi's algorithm on the lattice of
+    Graves et al. 2006, figure 3). Raises ValueError where the text is too long for the outputs.
+    """
+    states = [0]
+    for symbol in symbols:
+        states += [symbol, 0]
+    never = -math.inf
+    skips = torch.tensor([k > 1 and s != 0 and s != states[k - 2] for k, s in enumerate(states)])
+    emitted = log_probs[:, states]                                     # (T', 2L + 1)
+    score = torch.full((len(states),), never)
+    score[:2] = emitted[0, :2]
+    steps = []
+    for t in range(1, len(log_probs)):
+        one = F.pad(score[:-1], (1, 0), value=never)
+        two = F.pad(score[:-2], (2, 0), value=never)[:len(states)].masked_fill(~skips, never)
+        best, step = torch.stack([score, one, two]).max(0)
+        score = best + emitted[t]
+        steps.append(step.tolist())
+    state = len(states) - 1
+    if state and score[state - 1] >= score[state]:
+        state -= 1
+    if score[state] == never:
+        raise ValueError(f'{len(symbols)} symbols do not fit {len(log_probs)} outputs')
+    path = [state]
+    for step in reversed(steps):
+        state -= step[state]
+        path.append(state)
+    path.reverse()
+    return [Emission(symbol, path.index(2 * i + 1), len(path) - 1 - path[::-1].index(2 * i + 1))
+            for i, symbol in enumerate(symbols)]
+
+
+# ---- a character model, and beam search ----------------------------------------------------------
+
+END = '\n'                 # of a sentence, for the character model
+LM_WEIGHT = 0.6            # chosen on dev of AN4 and of kathleen together (results/README.md)
+LABEL_BONUS = 1.5
+BEAM_WIDTH = 16
+UNHEARD = math.exp(-9)     # probability below which a symbol is not tried
+LM_BYTES = 20_000_000      # of a character model in a checkpoint
+
+
+class CharacterModel:
+    """How likely a text's next character is after the last few: an n-gram.
+
+    counts: {context: {character: how often it followed}}, for contexts of no to order - 1
+    characters. With N followers of a context, of T kinds, Witten & Bell (1991) take
+
+        P(c | context) = (count(c) + T * P(c | context without its first character)) / (N + T)
+
+    and at the empty context all kinds equally likely, with one more for what was never seen. Of
+    the texts "ab" and "aa" (order 2; "|" ends a sentence): after a came b, a, | once each, so
+    P(b | a) = (1 + 3 * P(b)) / (3 + 3), and P(b) = (1 + 3 / 4) / (6 + 3) = 0.194.
+    """
+
+    def __init__(self, counts: Mapping[str, Mapping[str, int]]):
+        self.counts = counts
+        self.totals = {context: sum(following.values()) for context, following in counts.items()}
+        self.longest = max(map(len, counts), default=0)
+        self.known = {}
+
+    @classmethod
+    def of_texts(cls, texts: Iterable[str], order: int = 6) -> 'CharacterModel':
+        """Count the n-grams of texts, the ends of sentences included."""
+        counts = {'': Counter()}
+        for text, times in Counter(texts).items():
+            text += END
+            for i, character in enumerate(text):
+                for start in range(max(0, i - order + 1), i + 1):
+                    counts.setdefault(text[start:i], Counter())[character] += times
+        return cls(counts)
+
+    def pruned(self, most_bytes: int = LM_BYTES) -> 'CharacterModel':
+        """The same without its rarest contexts, of equally rare ones the longest first, so that its
+        counts take at most so many bytes as JSON."""
+        sizes = {context: len(json.dumps({context: following}))
+                 for context, following in self.counts.items()}
+        excess = sum(sizes.values()) - most_bytes
+        kept = dict(self.counts)
+        for context in sorted(kept, key=lambda context: (self.totals[context], -len(context))):
+            if excess <= 0:
+                break
+            excess -= sizes[context]
+            del kept[context]
+        return CharacterModel(kept)
+
+    def log_prob(self, text: str, character: str) -> float:
+        """Of the character after the text, in nats."""
+        context = text[len(text) - min(self.longest, len(text)):]
+        key = context + character
+        if key not in self.known:
+            self.known[key] = math.log(self.probability(context, character))
+        return self.known[key]
+
+    def probability(self, context: str, character: str) -> float:
+        """Of the character after a context of at most order - 1 characters."""
+        probability = 1 / (len(self.counts.get('', ())) + 1)
+        for start in range(len(context), -1, -1):
+            following = self.counts.get(context[start:])
+            if following is None:
+                break
+            kinds = len(following)
+            probability = ((following.get(character, 0) + kinds * probability)
+                           / (self.totals[context[start:]] + kinds))
+        return probability
+
+
+def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
+                language_model: CharacterModel | None = None, width: int = BEAM_WIDTH,
+                lm_weight: float = LM_WEIGHT, label_bonus: float = LABEL_BONUS) -> str:
+    """The text of the highest score, by prefix beam search (Hannun et al. 2014, algorithm 1).
+
+    log_probs (T', V) of one clip. A text's score, in nats, is that of all its paths together
+    + lm_weight * the character model's + label_bonus * its length, for a language model likes short
+    texts; without a model, or at weight 0, it is that of the paths alone. After each output the
+    `width` best beginnings are kept, each with the probability of its paths that end in a blank and
+    of those that end in its last symbol: only after a blank does the same symbol begin anew.
+    """
+    if language_model is None or lm_weight == 0:
+        language_model, label_bonus = None, 0.0
+    prior = {'': 0.0}   # of a text: what is added to the logarithm of its paths' probability
+
+    def add_prior(text, character):
+        prior[text + character] = prior[text] + label_bonus
+        if language_model is not None:
+            prior[text + character] += lm_weight * language_model.log_prob(text, character)
+
+    def score(text, ends):
+        return math.log(sum(ends) or 1e-300) + prior[text]
+
+    beam = {'': (1.0, 0.0)}
+    for probabilities in log_probs.exp().tolist():
+        heard = [(alphabet[symbol], p) for symbol, p in enumerate(probabilities)
+                 if symbol and p > UNHEARD]
+        grown = {}
+        for text, (ends_blank, ends_symbol) in beam.items():
+            total = ends_blank + ends_symbol
+            repeated = 0.0
+            for character, p in heard:
+                begins = p * total
+                if character == text[-1:]:
+                    repeated = p * ends_symbol
+                    begins = p * ends_blank
+                longer = text + character
+                if longer not in prior:
+                    add_prior(text, character)
+                after_blank, after_symbol = grown.get(longer, (0.0, 0.0))
+                grown[longer] = (after_blank, after_symbol + begins)
+            after_blank, after_symbol = grown.get(text, (0.0, 0.0))
+            grown[text] = (after_blank + probabilities[0] * total, after_symbol + repeated)
+        best = list(grown)
+        if len(best) > width:
+            scores = {text: score(text, ends) for text, ends in grown.items()}
+            best = sorted(scores, key=scores.get, reverse=True)[:width]
+        scale = max(sum(grown[text]) for text in best)  # or they would fade to zero
+        beam = {text: (grown[text][0] / scale, grown[text][1] / scale) for text in best}
+
+    def final_score(text):
+        add_prior(text, END)
+        return score(text, beam[text]) + prior[text + END] - prior[text] - label_bonus
+
+    return max(beam, key=final_score)
+
+
+# ---- words and their times -----------------------------------------------------------------------
+
+# Chosen on voices of the built-in corpus that are in none of its splits.
+ONSET = 8       # frames of 10 ms that a word may last before its first output
+QUIET = -0.4    # mean normalised log-mel of a frame: below, no word has begun
+FADE = 7        # frames that a word lasts behind its last output
+SHARE = 0.6     # of the gap between two words that would meet: the first one's
+
+
 class Word(NamedTuple):
-    """A word and when it was said, in seconds from the clip's start."""
+    """A word, when it was said, in seconds from the clip's start, and how sure that is.
+
+    confidence: the geometric mean of its characters' probabilities in the outputs that emit them;
+    1 is certain.
+    """
     text: str
     start: float
     end: float
+    confidence: float
 
 
 class Transcript(NamedTuple):
@@ -490,37 +679,57 @@ class Transcript(NamedTuple):
     words: list[Word]
 
 
-def word_times(path: Sequence[int], alphabet: list[str], seconds: float) -> list[Word]:
-    """The words of one clip's path, from the first output of each to its last.
-
-    seconds: what one output stands for; output t begins at t * seconds.
-    """
+def split_words(emissions: Sequence[Emission], alphabet: Sequence[str]) -> list[list[Emission]]:
+    """A text's emissions, word by word."""
     words = [[]]
-    for emission in collapse(path):
+    for emission in emissions:
         if alphabet[emission.symbol] == ' ':
             words.append([])
         else:
             words[-1].append(emission)
-    return [Word(text=''.join(alphabet[emission.symbol] for emission in word),
-                 start=word[0].first * seconds,
-                 end=(word[-1].last + 1) * seconds) for word in words if word]
+    return [word for word in words if word]
+
+
+def widen(edges: Sequence[tuple[int, int]], loudness: Sequence[float]) -> list[tuple[int, int]]:
+    """Words' edges (start, end) by their outputs, in frames -> by their sound.
+
+    The outputs of a CTC network are peaks within what they stand for (Zeyer et al. 2021). So a word
+    begins where the sound before its first output rises, and fades for a while behind its last; two
+    words that would meet share the gap between their outputs.
+    """
+    widened = []
+    for i, (start, end) in enumerate(edges):
+        before = edges[i - 1][1] if i else 0
+        first = start
+        while first > max(before, start - ONSET) and loudness[first - 1] > QUIET:
+            first -= 1
+        widened.append([first, min(end + FADE, len(loudness))])
+    for i in range(len(edges) - 1):
+        end, start = edges[i][1], edges[i + 1][0]
+        if widened[i][1] > widened[i + 1][0]:
+            widened[i][1] = widened[i + 1][0] = round(end + SHARE * (start - end))
+    return [(start, end) for start, end in widened]
 
 
 # ---- checkpoints, and python model.py ------------------------------------------------------------
 
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 
 
 class CheckpointError(Exception):
     """A file is no checkpoint that this code can read; the message says why, in one line."""
 
 
-def load_checkpoint(path: str | Path) -> tuple[Recogniser, list[str], dict]:
-    """A checkpoint of train.py -> the recogniser in eval mode, its alphabet, what is known of its
-    run.
+class Checkpoint(NamedTuple):
+    """What a checkpoint of train.py holds."""
+    network: Recogniser             # in eval mode
+    alphabet: list[str]             # of symbols; the first is the blank
+    run: dict                       # what is known of its training
+    language_model: CharacterModel  # of the training transcripts
 
-    Raises CheckpointError.
-    """
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """A checkpoint of train.py, from its file. Raises CheckpointError."""
     try:
         checkpoint = torch.load(path, weights_only=True, map_location='cpu')
         number = checkpoint.get('format', 1) if 'config' in checkpoint else None
@@ -538,42 +747,81 @@ def load_checkpoint(path: str | Path) -> tuple[Recogniser, list[str], dict]:
         network = Recogniser(Config(**checkpoint['config']))
         network.load_state_dict(checkpoint['model'])
         alphabet, run = checkpoint['alphabet'], checkpoint['run']
-        describe_checkpoint(network, alphabet, run)
+        language_model = CharacterModel(json.loads(checkpoint['language_model']))
+        loaded = Checkpoint(network.eval(), alphabet, run, language_model)
+        describe_checkpoint(loaded)
         if len(alphabet) != network.config.vocab_size or set(map(type, alphabet)) != {str}:
             raise ValueError
         if not all(weight.isfinite().all() for weight in network.parameters()):
             raise ValueError
-        return network.eval(), alphabet, run
+        return loaded
     except Exception as error:
         raise CheckpointError(f'{path}: is a damaged checkpoint ({type(error).__name__}); give '
                               'another') from None
 
 
+class Decoding(NamedTuple):
+    """How outputs become a text: greedily at width 0, else by beam search."""
+    width: int = 0
+    lm_weight: float = LM_WEIGHT
+    label_bonus: float = LABEL_BONUS
+
+
+GREEDY = Decoding()
+
+
+def decode(log_probs: Tensor, checkpoint: Checkpoint, decoding: Decoding) -> str:
+    """The text of one clip's outputs (T', V)."""
+    alphabet = checkpoint.alphabet
+    if decoding.width:
+        return beam_decode(log_probs, alphabet, checkpoint.language_model, *decoding)
+    path = log_probs.argmax(1).tolist()
+    return ''.join(alphabet[emission.symbol] for emission in collapse(path))
+
+
+def timed_words(text: str, log_probs: Tensor, loudness: Sequence[float], checkpoint: Checkpoint,
+                start: float, duration: float) -> list[Word]:
+    """The words of a text that was decoded from outputs (T', V), with their times in the clip.
+
+    loudness: of each frame; start of the first frame in the clip and its duration, in seconds.
+    """
+    import data
+    frames = checkpoint.network.config.frames_per_output
+    emissions = align(log_probs, [checkpoint.alphabet.index(character) for character in text])
+    words = split_words(emissions, checkpoint.alphabet)
+    edges = [(frames * word[0].first, min(frames * (word[-1].last + 1), len(loudness)))
+             for word in words]
+    timed = []
+    for word, edge in zip(words, widen(edges, loudness)):
+        begin, end = [min(max(0.0, start + t * data.FRAME_SECONDS), duration) for t in edge]
+        emitted = torch.cat([log_probs[e.first:e.last + 1, e.symbol] for e in word])
+        timed.append(Word(''.join(checkpoint.alphabet[e.symbol] for e in word), begin, end,
+                          confidence=emitted.mean().exp().item()))
+    return timed
+
+
 @torch.no_grad()
-def transcribe(network: Recogniser, alphabet: list[str], wave: Tensor) -> Transcript:
-    """What a recogniser in eval mode hears in a wave (S,) at 16 kHz, as data.read_wave gives it."""
+def transcribe(checkpoint: Checkpoint, wave: Tensor, decoding: Decoding = GREEDY) -> Transcript:
+    """What is heard in a wave (S,) at 16 kHz, as data.read_wave gives it."""
     import data  # here, so that the network can be used without
     mels, start = data.features(wave)
-    log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
-    path = log_probs[0].argmax(1).tolist()
-    text = ''.join(alphabet[emission.symbol] for emission in collapse(path))
-    words = word_times(path, alphabet, network.config.frames_per_output * data.FRAME_SECONDS)
-    offset = start * data.FRAME_SECONDS
-    duration = len(wave) / data.SAMPLE_RATE
-    in_clip = [Word(word.text, start=min(max(0, word.start + offset), duration),
-                    end=min(max(0, word.end + offset), duration)) for word in words]
-    return Transcript(text, in_clip)
+    log_probs, _ = checkpoint.network(mels[None, None], torch.tensor([len(mels)]))
+    text = decode(log_probs[0], checkpoint, decoding)
+    words = timed_words(text, log_probs[0], mels.mean(1).tolist(), checkpoint,
+                        start * data.FRAME_SECONDS, len(wave) / data.SAMPLE_RATE)
+    return Transcript(text, words)
 
 
 @torch.no_grad()
-def plot_clip(network: Recogniser, alphabet: list[str], wave: Tensor, path: str) -> None:
-    """Draw a clip's log-mels, the outputs' probabilities and the words, over time.
+def plot_clip(checkpoint: Checkpoint, wave: Tensor, transcript: Transcript, path: str) -> None:
+    """Draw a clip's log-mels and words, and the outputs' probabilities, over time.
 
     Raises monitor.RunError where matplotlib is missing or the file cannot be written.
     """
     import data
     import monitor
     pyplot = monitor.load_pyplot()
+    network, alphabet = checkpoint.network, checkpoint.alphabet
     mels, start = data.features(wave)
     log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
     probabilities = log_probs[0].exp()                                            # (T', V)
@@ -594,7 +842,7 @@ def plot_clip(network: Recogniser, alphabet: list[str], wave: Tensor, path: str)
         name = alphabet[emission.symbol].replace(' ', '_')
         middle = (times[emission.first] + times[emission.last]) / 2
         below.text(middle, 1.03, name, ha='center')
-    for word in transcribe(network, alphabet, wave).words:
+    for word in transcript.words:
         above.text((word.start + word.end) / 2, mels.shape[1] + 2, word.text, ha='center')
         above.axvspan(word.start, word.end, ymin=0.97, color='white')
     below.set_ylim(0, 1.15)
@@ -604,8 +852,9 @@ def plot_clip(network: Recogniser, alphabet: list[str], wave: Tensor, path: str)
     monitor.save_picture(figure, path)
 
 
-def describe_checkpoint(network: Recogniser, alphabet: list[str], run: dict) -> str:
+def describe_checkpoint(checkpoint: Checkpoint) -> str:
     """A checkpoint in words: its settings, its size, its training, its scores."""
+    network, alphabet, run, _ = checkpoint
     scores = [f'{split}: WER {run[split]["wer"]:.2f} %'
               for split in ('valid', 'test') if run[split]]
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -615,6 +864,40 @@ def describe_checkpoint(network: Recogniser, alphabet: list[str], run: dict) -> 
             f'{run["hours"]:.2f} hours, {run["epoch"]} epochs; {", ".join(scores) or "not scored"}')
 
 
+def add_decoding_flags(add: Callable, width: int) -> None:
+    """Give a parser (by its add_argument) the flags of beam search; width: of --beam unset."""
+    add('--beam', type=int, default=width, metavar='WIDTH',
+        help='texts kept in beam search with the character model; 0: greedy alone')
+    add('--lm_weight', type=float, default=LM_WEIGHT,
+        help="of the character model's log-probability; 0: beam search without it")
+    add('--label_bonus', type=float, default=LABEL_BONUS,
+        help='nats added for each character where the character model has a weight')
+    add('--lm_text', metavar='FILE',
+        help='count the characters of this text, a sentence a line; unset: of the training '
+             'transcripts')
+
+
+def read_decoding(args: argparse.Namespace) -> Decoding:
+    """How to decode, by the flags. Raises ValueError."""
+    if not 0 <= args.beam <= 1000:
+        raise ValueError('--beam is 0 to 1000')
+    if not 0 <= args.lm_weight <= 100 or not abs(args.label_bonus) <= 100:
+        raise ValueError('--lm_weight is 0 to 100, --label_bonus -100 to 100')
+    return Decoding(args.beam, args.lm_weight, args.label_bonus)
+
+
+def with_text(checkpoint: Checkpoint, path: str | None) -> Checkpoint:
+    """The checkpoint with the character model of another text, if one is named.
+
+    Raises data.DataError.
+    """
+    import data
+    if path is None:
+        return checkpoint
+    texts = data.read_text(path, checkpoint.alphabet)
+    return checkpoint._replace(language_model=CharacterModel.of_texts(texts).pruned())
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description='Transcribe audio files, or describe a checkpoint.')
@@ -622,7 +905,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('clips', nargs='*',
                         help='audio files of any rate and channels; none: describe the checkpoint')
     parser.add_argument('--times', action='store_true',
-                        help="each word's start and end, in seconds")
+                        help="each word's start and end, in seconds, and its confidence")
+    add_decoding_flags(parser.add_argument, width=0)
     parser.add_argument('--plot', metavar='FILE',
                         help='draw one clip into a .png, .svg or .pdf file; needs matplotlib')
     args = parser.parse_args(argv)
@@ -631,19 +915,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plot and len(args.clips) != 1:
         sys.exit('model.py: --plot draws one clip; name one')
     try:
-        network, alphabet, run = load_checkpoint(args.checkpoint)
-    except CheckpointError as error:
+        decoding = read_decoding(args)
+        checkpoint = with_text(load_checkpoint(args.checkpoint), args.lm_text)
+    except (CheckpointError, data.DataError, ValueError) as error:
         sys.exit(f'model.py: {error}')
     if not args.clips:
-        print(describe_checkpoint(network, alphabet, run))
+        print(describe_checkpoint(checkpoint))
     failed = False
     for number, clip in enumerate(args.clips, 1):
         data.show_status(f'transcribing {number}/{len(args.clips)}: {clip}')
         try:
             wave = data.read_wave(clip)
-            transcript = transcribe(network, alphabet, wave)
+            transcript = transcribe(checkpoint, wave, decoding)
             if args.plot:
-                plot_clip(network, alphabet, wave, args.plot)
+                plot_clip(checkpoint, wave, transcript, args.plot)
         except (data.DataError, monitor.RunError) as error:
             data.show_status()
             print(f'model.py: {error}', file=sys.stderr)
@@ -653,7 +938,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'{clip}: {transcript.text}' if len(args.clips) > 1 else transcript.text)
         if args.times:
             for word in transcript.words:
-                print(f'{word.start:6.2f} {word.end:6.2f}  {word.text}')
+                print(f'{word.start:6.2f} {word.end:6.2f}  {word.confidence:.2f}  {word.text}')
     sys.exit(failed)
 
 

@@ -150,7 +150,15 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
         return loss(distribution)
 
     uniform = loss(torch.full_like(frequency, 1 / vocab_size))
-    return uniform, min(constant(share / 50) for share in range(50))
+    # The loss falls with the blank's share and rises again, so each step leaves a third away.
+    low, high = 0.0, 1.0
+    while high - low > 0.02:
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        if constant(left) < constant(right):
+            high = right
+        else:
+            low = left
+    return uniform, constant((low + high) / 2)
 
 
 def plateau_fraction(loss: float, lines: tuple[float, float]) -> float:
@@ -174,9 +182,9 @@ def lines_of_lengths(outputs: int, labels: int, vocab_size: int) -> tuple[float,
     shares = torch.tensor(ENGLISH[:vocab_size - 1])
     shares = F.pad(shares, (0, vocab_size - 1 - len(shares)), value=ENGLISH[-1])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.multinomial(shares, 200 * labels, replacement=True, generator=generator) + 1
-    targets = draws.view(200, labels).tolist()
-    lines = plateau_lines(targets, torch.full((200,), outputs), vocab_size)
+    draws = torch.multinomial(shares, 50 * labels, replacement=True, generator=generator) + 1
+    targets = draws.view(50, labels).tolist()
+    lines = plateau_lines(targets, torch.full((50,), outputs), vocab_size)
     if math.isnan(lines[0]):
         raise ValueError(f'{labels} labels with their repeats do not fit {outputs} outputs')
     return lines
@@ -502,9 +510,10 @@ def stuck_reason(log: Sequence[Mapping], settings: Mapping) -> str:
     last = log[-1]
     updates = last['updates']
     moved = max(record['weight_change'] for record in log)
-    if unrelated_lengths(settings['length_correlation']):
+    correlation = settings.get('length_correlation')
+    if unrelated_lengths(correlation):
         return ('recordings and transcripts do not belong together: their lengths have a '
-                f'correlation of {settings["length_correlation"]:.2f}, in speech it is above 0.5; '
+                f'correlation of {correlation:.2f}, in speech it is above 0.5; '
                 'listen to five files beside their texts')
     if moved < SLOW_CHANGE:
         return (f'the weights hardly move: at most {moved:.1%} of their size in an epoch; raise '
@@ -704,15 +713,15 @@ def check_outputs(log_probs: Tensor, texts: Sequence[Sequence[int]], input_lengt
     if len(texts) > 1 and (shared - shared[:1]).abs().max() < 1e-4:
         yield (f'every utterance gets the same outputs; {where}; see whether the sound reaches the '
                'network: inputs that are all zero, a layer that is dead or cut off')
+    elif summary['dependence_share'] > IGNORED and loss > constant:
+        yield (f'the output depends on the sound, and yet {where}; see whether texts and sounds '
+               "belong together, and whether blank and alphabet are the network's own")
     elif phase == 'uniform':
         yield (f'phase uniform: {where}; every network starts here; if it stays for hundreds of '
                'updates, raise the learning rate, or initialise the head with larger weights')
     elif phase == 'constant':
         yield (f'phase constant: the output hardly depends on the sound ({where}); if it stays, '
                'see whether gradients reach the first layer and ten utterances can be learnt')
-    elif loss > constant:
-        yield (f'the output depends on the sound, and yet {where}; see whether texts and sounds '
-               "belong together, and whether blank and alphabet are the network's own")
 
 
 # ---- lines on the terminal -----------------------------------------------------------------------
@@ -785,7 +794,7 @@ class Run(NamedTuple):
     torn: bool                            # whether the log's last line was cut off
     split: str                            # 'test' or 'valid', whichever was scored last
     rates: dict                           # error rates on it
-    sentences: list[list[str]]            # on it: [file, said, heard]
+    sentences: list[list[str]]            # on it: [file, said, heard, heard by beam search]
 
     @property
     def settings(self) -> dict:
@@ -808,7 +817,7 @@ def read_log(path: Path) -> tuple[list[dict], bool]:
 
 
 def read_sentences(path: Path) -> list[list[str]]:
-    """A valid.tsv or test.tsv, [file, said, heard] by utterance."""
+    """A valid.tsv or test.tsv, [file, said, heard, heard by beam search] by utterance."""
     lines = path.read_text(encoding='utf-8').split('\n')
     return [line.split('\t') for line in lines[1:] if line]
 
@@ -880,19 +889,37 @@ def score_row(run: Run) -> list:
             minutes]
 
 
+SPREAD = ['the same but for the seed', 'runs', 'WER %', '+-', 'loss', 'way %', 'plateau left at']
+
+
+def spread_row(group: Sequence[Run]) -> list:
+    """What runs that differ by their seed alone come to, as cells of a table.
+
+    WER: mean and standard deviation; loss, and its way from the uniform (0 %) to the constant line
+    (100 %): means of the last epoch, by validation if there is one; the updates at which the
+    constant line was left.
+    """
+    rates = torch.tensor([run.rates['wer'] for run in group], dtype=torch.float64)
+    last = [run.log[-1] for run in group if run.log]
+    losses = [record.get('valid_loss', record['train_loss']) for record in last]
+    ways = [record.get('valid_way', record['train_way']) for record in last]
+    left = [str(record.get('left_constant') or 'never') for record in last]
+    return [' '.join(Path(run.name).name for run in group), len(group), f'{rates.mean():.2f}',
+            f'{rates.std():.2f}' if len(group) > 1 else '',
+            f'{sum(losses) / len(losses):.3f}', f'{100 * sum(ways) / len(ways):.0f}',
+            ' '.join(left)]
+
+
 def print_spread(runs: Sequence[Run]) -> None:
-    """Print mean and standard deviation of the WERs of runs that differ by their seed alone."""
+    """Print what groups of runs that differ by their seed alone come to."""
     groups = {}
     for run in runs:
         settings = {key: value for key, value in run.settings.items() if key != 'seed'}
-        if run.rates and settings:
+        if run.rates and run.log and settings:
             key = json.dumps([settings, run.split], sort_keys=True)
             groups.setdefault(key, []).append(run)
-    for group in groups.values():
-        if len(group) > 1:
-            rates = torch.tensor([run.rates['wer'] for run in group], dtype=torch.float64)
-            print(f'{", ".join(run.name for run in group)}: the same but for the seed: '
-                  f'WER {rates.mean():.2f} % on average, standard deviation {rates.std():.2f}')
+    if len(groups) < len(runs):
+        print('', table([SPREAD, *map(spread_row, groups.values())]), sep='\n')
 
 
 def paired_bootstrap(one: Run, two: Run) -> tuple[float, list[float]]:
@@ -900,11 +927,11 @@ def paired_bootstrap(one: Run, two: Run) -> tuple[float, list[float]]:
 
     10,000 samples of the utterances that both scored, the same for both (Bisani & Ney 2004).
     """
-    words = torch.tensor([len(said.split()) for _, said, _ in one.sentences])
+    words = torch.tensor([len(said.split()) for _, said, *_ in one.sentences])
     errors = []
     for run in one, two:
         errors.append(torch.tensor([edit_counts(said.split(), heard.split()).cost
-                                    for _, said, heard in run.sentences]))
+                                    for _, said, heard, *_ in run.sentences]))
     more = errors[1] - errors[0]
     generator = torch.Generator().manual_seed(0)
     samples = []

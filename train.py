@@ -18,6 +18,7 @@ References: Smith & Topin 2019 (OneCycle); Loshchilov & Hutter 2019 (AdamW); Lee
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -54,7 +55,8 @@ OVERFIT_UPDATES = 25    # at least, in an epoch of --overfit
 TRAIN_EVALUATED = 32    # training utterances that are scored after each epoch
 SHAPING = ('n_mels', 'blocks', 'deep_path', 'upsample', 'squeeze_excite', 'projection', 'hidden',
            'layers')    # fields of model.Config that the weights' shapes depend on
-EVALUATION_FLAGS = {'evaluate', 'test_data', 'skip_bad', 'run_dir', 'device', 'threads', 'workers'}
+EVALUATION_FLAGS = {'evaluate', 'test_data', 'skip_bad', 'run_dir', 'device', 'threads', 'workers',
+                    'beam', 'lm_weight', 'label_bonus', 'lm_text'}
 MOST_LOST = 10          # updates in a row without a finite gradient
 PARTS = {               # of the network, by the names of their parameters
     'backbone': ('stem', 'blocks', 'last', 'early', 'deep', 'gate'),
@@ -240,6 +242,8 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_data_flags(parser.add_argument_group('data').add_argument)
     add_optimisation_flags(parser.add_argument_group('optimisation').add_argument)
     add_model_flags(parser.add_argument_group('model').add_argument)
+    model.add_decoding_flags(parser.add_argument_group('decoding').add_argument,
+                             width=model.BEAM_WIDTH)
     add_run_flags(parser.add_argument_group('run').add_argument)
     defaults = asdict(model.Config(vocab_size=1)) | vars(parser.parse_args([]))
     parser.epilog = fixes_table(defaults)
@@ -255,6 +259,10 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise data.DataError(f'flags: --evaluate trains nothing, so --{min(useless)} says nothing '
                              'to it; remove this flag')
     undo_fixes(args, given)
+    try:
+        model.read_decoding(args)
+    except ValueError as error:
+        raise data.DataError(f'flags: {error}') from None
     return args
 
 
@@ -403,20 +411,25 @@ class Sentence(NamedTuple):
     said: str
     heard: str
     strip: str  # the symbol of every output: '.' for the blank, '_' for a space
+    beam: str   # heard by beam search, '' without
 
 
 class Evaluation(NamedTuple):
     """What evaluate found."""
     loss: float                # mean, in nats per label
-    rates: dict                # monitor.error_rates
+    rates: dict                # monitor.error_rates, greedy
+    beam_rates: dict | None    # by beam search, where that was asked for
     outputs: dict              # monitor.Outputs.summary
     sentences: list[Sentence]  # in the utterances' order
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu',
-             workers: int = 0) -> Evaluation:
-    """Score every utterance once; the loss leaves those out that CTC cannot align."""
+def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu', workers: int = 0,
+             beam: Callable[[Tensor], str] | None = None) -> Evaluation:
+    """Score every utterance once, greedily and by the beam search that is given.
+
+    beam: outputs (T', V) -> text. The loss leaves those utterances out that CTC cannot align.
+    """
     network.eval()
     losses, sentences = [], []
     targets = [data.encode(u.text, speech.alphabet) for u in speech.utterances]
@@ -432,14 +445,29 @@ def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu',
         losses += (loss / batch.target_lengths)[aligned].tolist()
         paths = log_probs.argmax(2).tolist()
         decoded = model.greedy_decode(log_probs, lengths)
-        for i, length, path, symbols in zip(batch.indices, lengths.tolist(), paths, decoded):
-            strip = [speech.alphabet[symbol].replace(' ', '_') or '.' for symbol in path[:length]]
+        for row, i in enumerate(batch.indices):
+            length = int(lengths[row])
+            path = paths[row][:length]
+            strip = [speech.alphabet[symbol].replace(' ', '_') or '.' for symbol in path]
             sentences.append(Sentence(i, said=speech.utterances[i].text,
-                                      heard=data.decode(symbols, speech.alphabet),
-                                      strip=''.join(strip)))
-    rates = monitor.error_rates([s.said for s in sentences], [s.heard for s in sentences])
-    return Evaluation(sum(losses) / max(1, len(losses)), rates, outputs.summary(),
+                                      heard=data.decode(decoded[row], speech.alphabet),
+                                      strip=''.join(strip),
+                                      beam=beam(log_probs[row, :length]) if beam else ''))
+    said = [s.said for s in sentences]
+    rates = monitor.error_rates(said, [s.heard for s in sentences])
+    beam_rates = monitor.error_rates(said, [s.beam for s in sentences]) if beam else None
+    return Evaluation(sum(losses) / max(1, len(losses)), rates, beam_rates, outputs.summary(),
                       sorted(sentences))
+
+
+def beam_search(alphabet: Sequence[str], language_model: model.CharacterModel,
+                args: argparse.Namespace) -> Callable[[Tensor], str] | None:
+    """The beam search that the flags ask for, outputs (T', V) -> text; None: greedy alone."""
+    decoding = model.read_decoding(args)
+    if decoding.width == 0:
+        return None
+    return functools.partial(model.beam_decode, alphabet=alphabet, language_model=language_model,
+                             **decoding._asdict())
 
 
 # ---- data and network of a run -------------------------------------------------------------------
@@ -464,6 +492,15 @@ def corpus_paths(args: argparse.Namespace) -> dict[str, str | None]:
     return paths
 
 
+def leave_out(faults: Mapping[str, str], skip_bad: bool) -> None:
+    """Print what is wrong with the data, where that is skipped. Raises DataError else."""
+    if faults and not skip_bad:
+        count = f'{len(faults)} broken; --skip_bad goes on without them'
+        raise data.DataError('\n'.join([*faults.values(), count]))
+    if faults:
+        print(*faults.values(), f'{len(faults)} broken utterances are left out', sep='\n')
+
+
 def load_splits(args: argparse.Namespace, frames_per_output: int) -> data.Splits:
     """The utterances for training, validation and test.
 
@@ -472,12 +509,7 @@ def load_splits(args: argparse.Namespace, frames_per_output: int) -> data.Splits
     paths = corpus_paths(args)
     splits = data.read_splits(paths['train'], paths['valid'], paths['test'], args.seed,
                               frames_per_output, math.inf if args.skip_bad else CHECK_UP_TO)
-    faults = list(splits.faults.values())
-    if faults and not args.skip_bad:
-        count = f'{len(faults)} broken; --skip_bad trains without them'
-        raise data.DataError('\n'.join([*faults, count]))
-    if faults:
-        print(*faults, f'{len(faults)} broken utterances are left out', sep='\n')
+    leave_out(splits.faults, args.skip_bad)
     for split, path in paths.items():
         if not getattr(splits, split) and path != 'none':
             raise data.DataError(f'--{split}_data: no utterance of {path or paths["train"]} is '
@@ -568,9 +600,18 @@ class Task:
                            self.network.config.frames_per_output, self.args.seed,
                            augment and self.args.spec_augment, augment and self.args.speed_perturb)
 
-    def evaluate(self, utterances: Sequence[data.Utterance]) -> Evaluation:
+    @functools.cached_property
+    def language_model(self) -> model.CharacterModel:
+        """Of the training transcripts, or of --lm_text. Raises DataError."""
+        texts = [u.text for u in self.splits.train]
+        if self.args.lm_text:
+            texts = data.read_text(self.args.lm_text, self.alphabet)
+        return model.CharacterModel.of_texts(texts).pruned()
+
+    def evaluate(self, utterances: Sequence[data.Utterance],
+                 beam: Callable[[Tensor], str] | None = None) -> Evaluation:
         return evaluate(self.network, data.Speech(utterances, self.alphabet), self.args.device,
-                        self.args.workers)
+                        self.args.workers, beam)
 
 
 def check_characters(utterances: Sequence[data.Utterance], alphabet: Sequence[str]) -> None:
@@ -593,17 +634,17 @@ def check_device(args: argparse.Namespace) -> None:
 def init_from(network: model.Recogniser, alphabet: Sequence[str], path: str) -> None:
     """Give the network the weights of a checkpoint. Raises DataError."""
     try:
-        source, its_alphabet, _ = model.load_checkpoint(path)
+        source = model.load_checkpoint(path)
     except model.CheckpointError as error:
         raise data.DataError(f'--init_from {error}') from None
-    weights = source.state_dict()
-    if list(its_alphabet) != list(alphabet):
+    weights = source.network.state_dict()
+    if list(source.alphabet) != list(alphabet):
         print('the head is new: the checkpoint was trained on other characters')
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith('head.')}
     shaping = SHAPING
     if network.config.upsample == 'transpose':
         shaping += ('frames_per_output',)
-    differ = [f'{name} {theirs}' for name, theirs in asdict(source.config).items()
+    differ = [f'{name} {theirs}' for name, theirs in asdict(source.network.config).items()
               if name in shaping and theirs != getattr(network.config, name)]
     if differ:
         raise data.DataError(f'--init_from {path}: is another network than the flags make: it has '
@@ -628,7 +669,10 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
     network.to(args.device)
     lines = plateaus(splits.train, alphabet, network)
     valid_lines = plateaus(splits.valid, alphabet, network) if splits.valid else None
-    return Task(args, splits, alphabet, network, lines, valid_lines, rank, ranks)
+    task = Task(args, splits, alphabet, network, lines, valid_lines, rank, ranks)
+    if args.lm_text:
+        task.language_model  # noqa: B018, read before training, not after it
+    return task
 
 
 # ---- the run folder ------------------------------------------------------------------------------
@@ -735,7 +779,6 @@ class RunState:
     records: list[dict] = field(default_factory=list)    # of log.jsonl
     last: dict | None = None                             # a checkpoint
     best: dict | None = None                             # that of the lowest validation WER
-    sentences: list[tuple] = field(default_factory=list)  # of the best epoch's validation
 
     @property
     def kept(self) -> str:
@@ -751,7 +794,8 @@ def make_checkpoint(task: Task, epoch: int, rates: dict | None) -> dict:
     weights = {name: tensor.detach().cpu().clone()
                for name, tensor in task.network.state_dict().items()}
     return {'format': model.FORMAT, 'config': asdict(task.network.config),
-            'alphabet': task.alphabet, 'model': weights, 'run': run}
+            'alphabet': task.alphabet, 'model': weights, 'run': run,
+            'language_model': json.dumps(task.language_model.counts)}
 
 
 def save_plain_files(folder: Path, state: RunState, best_too: bool) -> None:
@@ -866,15 +910,13 @@ def load_state(folder: Path, learner: Learner) -> RunState:
         return RunState()
     try:
         content = torch.load(path, weights_only=True, map_location='cpu')
-        settings = content['settings']
-    except Exception as error:  # whatever a damaged file may raise
-        raise data.DataError(f'{path}: cannot be resumed from ({type(error).__name__}); start a '
-                             f'new run with --init_from {folder}/last.pt') from None
-    if settings != (folder / 'config.json').read_text():
-        raise data.DataError(f'{folder}/config.json: is not what the run began with; bring it back')
-    try:
+        if content['settings'] != (folder / 'config.json').read_text():
+            raise data.DataError(f'{folder}/config.json: is not what the run began with; bring it '
+                                 'back')
         learner.restore(content['learner'])
         state = RunState(**content['run'])
+    except data.DataError:
+        raise
     except Exception as error:  # whatever a damaged file may raise
         raise data.DataError(f'{path}: cannot be resumed from ({type(error).__name__}); start a '
                              f'new run with --init_from {folder}/last.pt') from None
@@ -933,7 +975,6 @@ def fit(task: Task, folder: Path) -> RunState:
         state.last = make_checkpoint(task, state.epoch, rates)
         if evaluation and (state.best is None or better(rates, state.best['run']['valid'])):
             state.best = state.last
-            state.sentences = [tuple(sentence) for sentence in evaluation.sentences]
         save({'settings': settings, 'learner': learner_state, 'run': vars(state)},
              folder / 'state.pt')
         save_plain_files(folder, state, best_too=state.best is state.last)
@@ -956,21 +997,20 @@ def better(rates: dict, best: dict) -> bool:
 def save_sentences(path: Path, utterances: Sequence[data.Utterance],
                    sentences: Sequence[Sentence]) -> None:
     """Write what was said and heard, a tab-separated line for each utterance. Raises OSError."""
-    lines = ['file\tsaid\theard\n']
+    lines = ['file\tsaid\theard\tbeam\n']
     for sentence in sentences:
         file = ' '.join(utterances[sentence.index].path.name.split())  # no tabs, no line feeds
-        lines.append(f'{file}\t{sentence.said}\t{sentence.heard}\n')
+        lines.append(f'{file}\t{sentence.said}\t{sentence.heard}\t{sentence.beam}\n')
     save_text(''.join(lines), path)
 
 
-def score_test(task: Task, folder: Path, state: RunState) -> Evaluation:
-    """Score the test data with the checkpoint that was kept, and note it there."""
-    checkpoint = state.best or state.last
-    task.network.load_state_dict(checkpoint['model'])
-    evaluation = task.evaluate(task.splits.test)
-    checkpoint['run']['test'] = evaluation.rates
-    save(checkpoint, folder / state.kept)
-    save_sentences(folder / 'test.tsv', task.splits.test, evaluation.sentences)
+def score(task: Task, folder: Path, split: str) -> Evaluation:
+    """Score a split, greedily and by beam search, and write what was said and heard."""
+
+    utterances = getattr(task.splits, split)
+    beam = beam_search(task.alphabet, task.language_model, task.args)
+    evaluation = task.evaluate(utterances, beam)
+    save_sentences(folder / f'{split}.tsv', utterances, evaluation.sentences)
     return evaluation
 
 
@@ -981,6 +1021,15 @@ def print_scores(split: str, rates: dict) -> None:
     print(f'{split}: WER {rates["wer"]:.2f} % ({edits} in {rates["words"]} words of '
           f'{rates["utterances"]} utterances; 95 %: {low:.1f} to {high:.1f}), '
           f'CER {rates["cer"]:.2f} %, sentences with errors {rates["ser"]:.1f} %')
+
+
+def print_all_scores(results: Mapping) -> None:
+    """Print the error rates of a results.json, greedy and by beam search."""
+    for split in 'valid', 'test':
+        if results[split]:
+            print_scores(split, results[split])
+        if results.get(f'{split}_beam'):
+            print_scores(f'{split}, beam search', results[f'{split}_beam'])
 
 
 def print_verdict(task: Task, state: RunState) -> None:
@@ -1012,22 +1061,24 @@ def finish(task: Task, folder: Path, state: RunState) -> dict:
     """Score, write results.json, report -> its contents. Raises DataError, OSError."""
     splits = task.splits
     parameters = sum(parameter.numel() for parameter in task.network.parameters())
-    results = {'valid': state.best['run']['valid'] if state.best else None, 'test': None,
+    checkpoint = state.best or state.last
+    task.network.load_state_dict(checkpoint['model'])
+    results = {'valid': None, 'valid_beam': None, 'test': None, 'test_beam': None,
                'updates': task.updates_an_epoch * state.epoch, 'train_seconds': state.train_seconds,
                'parameters': parameters, 'seed': task.args.seed}
-    sentences = [Sentence(*sentence) for sentence in state.sentences]
-    if splits.valid:
-        save_sentences(folder / 'valid.tsv', splits.valid, sentences)
-    if splits.test:
-        test = score_test(task, folder, state)
-        results['test'], sentences = test.rates, test.sentences
+    sentences = []
+    for split in 'valid', 'test':
+        if getattr(splits, split):
+            evaluation = score(task, folder, split)
+            results |= {split: evaluation.rates, f'{split}_beam': evaluation.beam_rates}
+            sentences = evaluation.sentences
+    checkpoint['run']['test'] = results['test']
+    save(checkpoint, folder / state.kept)
     clip = save_example(folder / 'clip.wav', splits.test or splits.valid or splits.train, sentences)
     # This file says that the run is finished, so it comes last.
     save_text(json.dumps(results, indent=1, allow_nan=False) + '\n', folder / 'results.json')
     (folder / 'state.pt').unlink(missing_ok=True)
-    for split in 'valid', 'test':
-        if results[split]:
-            print_scores(split, results[split])
+    print_all_scores(results)
     if task.args.overfit:
         print_verdict(task, state)
     command = [sys.orig_argv[0], os.path.relpath(model.__file__), folder / state.kept,
@@ -1099,9 +1150,7 @@ def report_finished(folder: Path) -> dict:
     try:
         results = json.loads((folder / 'results.json').read_text())
         print(f'{folder} is finished: nothing is left to do')
-        for split in 'valid', 'test':
-            if results[split]:
-                print_scores(split, results[split])
+        print_all_scores(results)
         return results
     except (ValueError, KeyError, TypeError):
         raise data.DataError(f'{folder}/results.json: is damaged; score the checkpoint again with '
@@ -1163,34 +1212,34 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
         raise data.DataError('flags: --evaluate needs --test_data, the corpus to score on')
     check_device(args)
     try:
-        network, alphabet, run = model.load_checkpoint(args.evaluate)
+        checkpoint = model.load_checkpoint(args.evaluate)
+        checkpoint = model.with_text(checkpoint, args.lm_text)
     except model.CheckpointError as error:
         raise data.DataError(f'--evaluate {error}') from None
     utterances, faults = data.read_corpus(args.test_data, 'test')
     faults |= data.check_recordings(utterances, {})
-    if faults and not args.skip_bad:
-        count = f'{len(faults)} broken; --skip_bad scores without them'
-        raise data.DataError('\n'.join([*faults.values(), count]))
-    if faults:
-        print(*faults.values(), f'{len(faults)} broken utterances are left out', sep='\n')
+    leave_out(faults, args.skip_bad)
     utterances = [u for u in utterances if u.where not in faults]
     if not utterances:
         raise data.DataError(f'--test_data {args.test_data}: no utterance of it can be used; give '
                              'another corpus')
-    check_characters(utterances, alphabet)
+    check_characters(utterances, checkpoint.alphabet)
     with contextlib.ExitStack() as held:
         try:
             folder = make_folder(args.run_dir, held)
         except OSError as error:
             raise data.DataError(f'--run_dir {args.run_dir}: cannot be made ({error.strerror}); '
                                  'name another folder') from None
-        evaluation = evaluate(network.to(args.device), data.Speech(utterances, alphabet),
-                              args.device, args.workers)
-        results = {'valid': None, 'test': evaluation.rates, 'checkpoint': args.evaluate,
-                   'test_data': args.test_data, 'train_data': run['train_data']}
+        speech = data.Speech(utterances, checkpoint.alphabet)
+        beam = beam_search(checkpoint.alphabet, checkpoint.language_model, args)
+        evaluation = evaluate(checkpoint.network.to(args.device), speech, args.device,
+                              args.workers, beam)
+        results = {'valid': None, 'test': evaluation.rates, 'test_beam': evaluation.beam_rates,
+                   'decoding': model.read_decoding(args)._asdict(), 'checkpoint': args.evaluate,
+                   'test_data': args.test_data, 'train_data': checkpoint.run['train_data']}
         save_sentences(folder / 'test.tsv', utterances, evaluation.sentences)
         save_text(json.dumps(results, indent=1) + '\n', folder / 'results.json')
-    print_scores('test', evaluation.rates)
+    print_all_scores(results)
     print(f'what was said and heard: {folder / "test.tsv"}')
     return results
 
