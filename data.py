@@ -50,7 +50,11 @@ LOG_FLOOR = 1e-10                    # power: the rounding of 16 bits gives more
 CLICK = 3.2                          # nats above the voice, mean over the bands: 14 dB
 QUIET = 8.0                          # nats below the voice, in power: 35 dB
 MARGIN = 20                          # frames kept before and behind speech
+LOWEST_RATE, HIGHEST_RATE = 4000, 384_000  # samples a second
+LONGEST = 3600                       # seconds
+BLOCK = 1 << 20                      # samples read at once, of all channels
 SPEEDS = range(90, 111)              # per cent; speed perturbation draws one by utterance and epoch
+EVALUATED_FRAMES = 64_000            # padding included, at once: sixteen clips of 40 s
 PAD_TO = 16                          # frames: few different shapes are faster than exact ones
 
 
@@ -67,6 +71,7 @@ class Utterance:
     duration: float  # seconds
     speaker: str     # '' where it is not known
     where: str       # 'manifest.jsonl:12', for messages
+    offset: float | None = None  # seconds; None: the whole recording, not a part of one
     frames: int = 0  # of its features; by its duration as long as it was not decoded
 
     def __post_init__(self):
@@ -154,27 +159,100 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     return resampled[:math.ceil(len(wave) * up / down)] * (up / down)
 
 
-def read_audio(path: str | Path) -> tuple[Tensor, int]:
+def is_standard_input(path: str | Path) -> bool:
+    """Whether a path names what is piped into the program."""
+    return str(path) in ('-', '/dev/stdin')
+
+
+@contextlib.contextmanager
+def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
+    """A file that libsndfile reads, its header seen to be sane before a sample is. Raises
+    DataError."""
+    source = path
+    if is_standard_input(path):
+        source = io.BytesIO(sys.stdin.buffer.read())
+    elif not Path(path).is_file():
+        reason = 'is no regular file' if os.path.lexists(path) else 'no such file'
+        raise DataError(f'{path}: cannot be read as audio ({reason}); correct the path')
+    try:
+        with soundfile.SoundFile(source) as file:
+            fault = header_fault(file)
+            if fault:
+                raise DataError(f'{path}: {fault}')
+            yield file
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError, MemoryError) as error:
+        reason = ' '.join(str(error).split())[-200:] or type(error).__name__
+        raise DataError(f'{path}: cannot be read as audio ({reason}); '
+                        'repair, convert or remove it') from None
+
+
+def header_fault(file: soundfile.SoundFile) -> str | None:
+    """What is wrong with an audio file by its header alone, and how to fix it.
+
+    A wav, aiff or au that was cut off says how long it was, in what libsndfile reports, and so does
+    a sph; sizes near 2^31 and 2^32 are those of programs that stream, and do not know. An ogg or an
+    mp3 without a length cannot be seen to have been cut off.
+    """
+    rate = file.samplerate
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        return (f'its header says {rate} samples a second, and not {LOWEST_RATE} to '
+                f'{HIGHEST_RATE}; correct the header, or convert it')
+    if file.frames > 2 ** 62:
+        return 'its header does not say how long it is, as of a stream; convert it'
+    if file.frames > LONGEST * min(rate, 48000):
+        return (f'it lasts {file.frames / rate / 3600:.1f} hours at {rate} Hz; cut it into pieces '
+                'of less than an hour')
+    if file.format == 'NIST' and not isinstance(file.name, io.BytesIO):
+        with open(file.name, 'rb') as header:
+            counted = re.search(rb'sample_count -i (\d+)', header.read(1024))
+        if counted and int(counted[1]) > file.frames:
+            return (f'is cut off: its header says {int(counted[1])} samples, it holds '
+                    f'{file.frames}; get it whole, or remove it')
+    for promised, found in re.findall(r'(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)',
+                                      file.extra_info):
+        if int(found) < int(promised) < 0x7FFF0000:
+            return (f'is cut off: its header says {promised} bytes, it holds {found}; get it '
+                    'whole, or remove it')
+    return None
+
+
+def read_audio(path: str | Path, offset: float = 0.0,
+               duration: float | None = None) -> tuple[Tensor, int]:
     """Any file that libsndfile reads -> wave (S,) float32, the channels' mean, and its rate in Hz.
+
+    offset, duration: of a part of it, in seconds. Raises DataError.
+    """
+    blocks = [np.zeros(0, dtype=np.float32)]
+    with open_audio(path) as file:
+        rate = file.samplerate
+        first = round(offset * rate)
+        last = file.frames if duration is None else first + round(duration * rate)
+        read = 0
+        while read < last:  # compressed files are read from their start: seeking is not exact
+            block = file.read(min(BLOCK, last - read), dtype='float32', always_2d=True)
+            if not len(block):
+                break
+            if not np.abs(block).max() < 1e6:  # also where one is no number
+                raise DataError(f'{path}: some samples are not finite or out of all bounds; '
+                                'remove it')
+            blocks.append(block.mean(1)[max(0, first - read):])
+            read += len(block)
+        if read < 0.98 * min(last, file.frames):
+            raise DataError(f'{path}: is cut off: its header says {file.frames / rate:.2f} s, it '
+                            f'holds {read / rate:.2f}; get it whole, or remove it')
+    wave = np.concatenate(blocks)
+    if not len(wave):
+        part = f' from {offset:.2f} s on' if offset else ''
+        raise DataError(f'{path}: holds no samples{part}; remove it')
+    return torch.from_numpy(wave), rate
+
+
+def read_wave(path: str | Path, offset: float = 0.0, duration: float | None = None) -> Tensor:
+    """Any file that libsndfile reads, or a part of it in seconds -> wave (S,) at 16 kHz.
 
     Raises DataError.
     """
-    try:
-        wave, rate = soundfile.read(path, dtype='float32', always_2d=True)
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        reason = error if Path(path).is_file() else 'no such file'
-        raise DataError(f'{path}: cannot be read as audio ({reason}); '
-                        'repair, convert or remove it') from None
-    if not len(wave):
-        raise DataError(f'{path}: holds no samples; remove it')
-    if not np.abs(wave).max() < 1e6:  # also where one is no number
-        raise DataError(f'{path}: some samples are not finite or out of all bounds; remove it')
-    return torch.from_numpy(wave.mean(1)), rate
-
-
-def read_wave(path: str | Path) -> Tensor:
-    """Any file that libsndfile reads -> wave (S,) at 16 kHz. Raises DataError."""
-    return resample(*read_audio(path), SAMPLE_RATE)
+    return resample(*read_audio(path, offset, duration), SAMPLE_RATE)
 
 
 def mel_filters() -> Tensor:
@@ -303,7 +381,8 @@ def spec_augment(mels: Tensor, rng: np.random.Generator) -> Tensor:
 
 def normalise_text(text: str) -> str:
     """Lower case, NFC (one code point for a letter and its accent), single spaces."""
-    return unicodedata.normalize('NFC', ' '.join(text.lower().split()))
+    lower = text.lower().replace('i\u0307', 'i')  # what Python makes of the Turkish capital
+    return unicodedata.normalize('NFC', ' '.join(lower.split()))
 
 
 def make_alphabet(utterances: Iterable[Utterance]) -> list[str]:
@@ -381,7 +460,10 @@ def load_utterance(u: Utterance) -> tuple[Tensor, int]:
 
     Raises DataError, also where the recording does not last as long as its corpus says.
     """
-    wave, rate = read_audio(u.path)
+    if u.offset is None:
+        wave, rate = read_audio(u.path)
+    else:
+        wave, rate = read_audio(u.path, u.offset, u.duration)
     duration = len(wave) / rate
     if abs(duration - u.duration) > max(0.1, 0.1 * u.duration):
         raise DataError(f'{u.path} lasts {duration:.2f} s, not {u.duration:.2f} as its duration '
@@ -480,10 +562,15 @@ def training_batches(speech: Speech, batch_size: int, epoch: int, rank: int = 0,
 
 def evaluation_batches(utterances: Sequence[Utterance],
                        batch_size: int) -> list[list[tuple[int, int]]]:
-    """Batches of (0, index): every utterance once, sorted by length."""
-    order = sorted(range(len(utterances)), key=lambda i: utterances[i].frames)
-    return [[(0, i) for i in order[start:start + batch_size]]
-            for start in range(0, len(order), batch_size)]
+    """Batches of (0, index): every utterance once, sorted by length; long ones in smaller batches
+    or alone, for memory."""
+    batches = []
+    for i in sorted(range(len(utterances)), key=lambda i: utterances[i].frames):
+        full = not batches or len(batches[-1]) == batch_size
+        if full or (len(batches[-1]) + 1) * utterances[i].frames > EVALUATED_FRAMES:
+            batches.append([])
+        batches[-1].append((0, i))
+    return batches
 
 
 def loader(speech: Speech, batches: Iterable[list[tuple[int, int]]],
@@ -501,29 +588,58 @@ FIELDS = {  # of a row, and the names that tables and manifests have for them
     'audio': ('audio_filepath', 'path', 'file', 'audio', 'file_name'),
     'text': ('text', 'sentence', 'transcript', 'transcription'),
     'duration': ('duration',),
+    'offset': ('offset',),
     'speaker': ('speaker', 'client_id'),
 }
 SUFFIXES = ('.flac', '.wav', '.sph', '.mp3', '.ogg', '.opus', '.aiff', '.aif', '.au', '.caf')
-Rows = Iterator[tuple[str, dict | str]]  # (where, a dict with names of FIELDS or a line of JSON)
+SHORT = 200  # characters of a user's text in a message
+
+# (where, a dict with names of FIELDS or a line of JSON, or what is wrong with the row)
+Rows = Iterator[tuple[str, dict | str | DataError]]
+
+
+def readable_lines(path: Path) -> Iterator[str]:
+    """A text file's lines as they are; bytes that are no UTF-8 become halves of surrogate pairs."""
+    with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
+        yield from file
 
 
 def numbered_lines(path: Path) -> list[tuple[str, str]]:
     """A text file's lines that are not empty -> ('file:number', line)."""
-    lines = enumerate(path.read_text(encoding='utf-8-sig').split('\n'), 1)
+    lines = enumerate(readable_lines(path), 1)
     return [(f'{path}:{number}', line.strip()) for number, line in lines if line.strip()]
+
+
+def files_below(folder: Path, ending: str) -> list[Path]:
+    """The files of a tree whose names end so, through links too, but not macOS's '._' ones."""
+    found = []
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        inode = os.path.realpath(parent)
+        if inode in seen:
+            folders.clear()  # a loop of links
+            continue
+        seen.add(inode)
+        found += [Path(parent, name) for name in names
+                  if name.endswith(ending) and not name.startswith('._')]
+    return sorted(found)
 
 
 def with_suffix(path: Path) -> str:
     """The audio file of this name, with whatever suffix; the path itself where there is none."""
     for suffix in SUFFIXES:
-        file = Path(f'{path}{suffix}')
-        if file.is_file():
-            return str(file.absolute())
+        for variant in suffix, suffix.upper():
+            file = Path(f'{path}{variant}')
+            if file.is_file():
+                return str(file.absolute())
     return str(path.absolute())
 
 
 def json_rows(path: Path) -> Rows:
-    """JSON lines, as NeMo has them: {"audio_filepath": "1.flac", "text": "go", "duration": 1.8}."""
+    """JSON lines, as NeMo has them: {"audio_filepath": "1.flac", "text": "go", "duration": 1.8}.
+
+    With an "offset", in seconds, an utterance is that part of a longer recording.
+    """
     yield from numbered_lines(path)
 
 
@@ -532,14 +648,20 @@ def table_rows(path: Path) -> Rows:
     form = {'strict': True}
     if path.suffix.lower() == '.tsv':
         form = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
-    with open(path, encoding='utf-8-sig', newline='') as file:
-        table = csv.DictReader(file, **form)
-        for field in 'audio', 'text':
-            if not set(FIELDS[field]) & set(table.fieldnames or ()):
-                raise DataError(f'{path}:1: no column of the header is named '
-                                f'{" or ".join(FIELDS[field])}; rename one')
-        for row in table:
-            yield f'{path}:{table.line_num}', row
+    csv.field_size_limit(2 ** 31 - 1)
+    table = csv.DictReader(readable_lines(path), **form)
+    for field in 'audio', 'text':
+        if not set(FIELDS[field]) & set(table.fieldnames or ()):
+            raise DataError(f'{path}:1: no column of the header is named '
+                            f'{" or ".join(FIELDS[field])}; rename one')
+    while True:
+        try:
+            row = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row = DataError(f'is no row of a table ({error}); correct its quotes')
+        yield f'{path}:{table.reader.line_num}', row
 
 
 def librispeech_rows(folder: Path, transcripts: Iterable[Path]) -> Rows:
@@ -553,29 +675,58 @@ def librispeech_rows(folder: Path, transcripts: Iterable[Path]) -> Rows:
             yield where, {'audio': audio, 'text': text, 'speaker': speaker}
 
 
+FILLER = re.compile(r'<[^<>\s]*>|\+\+[^+\s]*\+\+|\[[^\[\]\s]*\]')  # <sil>, ++NOISE++, [COUGH]
+ALTERNATE = re.compile(r'\(\d+\)$')                                 # HELLO(2)
+
+
+def sphinx_text(words: Iterable[str], fillers: Counter) -> str:
+    """A Sphinx transcript's words without fillers, which are counted, and numbers of alternates."""
+    spoken = []
+    for word in words:
+        if FILLER.fullmatch(word):
+            fillers[word] += word.lower() not in ('<s>', '</s>')
+        else:
+            spoken.append(ALTERNATE.sub('', word))
+    return ' '.join(spoken)
+
+
 def sphinx_rows(path: Path) -> Rows:
     """CMU Sphinx's etc/*.transcription, "<s> GO </s> (an251-fash-b)", and its .fileids."""
     files = defaultdict(list)  # two folders may hold files of one name: first line, first file
     for where, name in numbered_lines(path.with_suffix('.fileids')):
-        files[Path(name).name].append((where, path.parent.parent / 'wav' / name))
+        files[Path(name).name].append((where, name))
+    fillers = Counter()
+    nameless = 0
     for where, line in numbered_lines(path):
-        match = re.fullmatch(r'(?:<s>)?(.*?)(?:</s>)?\s*(?:\(([^()]+)\))?', line, re.IGNORECASE)
-        text, name = match.groups()
-        file = Path(f'{name}, which the .fileids lacks,')
-        if files.get(name):
-            _, file = files[name].pop(0)
-        yield where, {'audio': with_suffix(file), 'text': text, 'speaker': file.parent.name}
-    for left in files.values():
-        for where, file in left:
-            yield where, {'audio': str(file), 'text': None}
+        text, bracket, name = line.rpartition('(')
+        if not bracket or not name.endswith(')') or ALTERNATE.fullmatch(bracket + name):
+            nameless += 1
+            yield where, DataError('has no name of a file in brackets at its end; add it')
+            continue
+        listed = files.get(Path(name[:-1]).name, [])
+        full = [entry for entry in listed if entry[1] == name[:-1]]
+        file = Path(f'{name[:-1]}, which the .fileids lacks,')
+        if listed:
+            entry = (full or listed)[0]
+            listed.remove(entry)
+            file = path.parent.parent / 'wav' / entry[1]
+        yield where, {'audio': with_suffix(file), 'text': sphinx_text(text.split(), fillers),
+                      'speaker': file.parent.name}
+    left = [entry for listed in files.values() for entry in listed]
+    for where, _ in left[nameless:]:  # one for each nameless line is that line's
+        yield where, DataError('has no line in the .transcription; add it, or remove this one')
+    dropped = +fillers
+    if dropped:
+        print(f'{path}: left out of the transcripts:',
+              ', '.join(f'{count} {filler}' for filler, count in dropped.items()))
 
 
 def corpus_rows(path: Path, split: str) -> Rows:
-    """The rows of a corpus, its form recognised by its path. Raises DataError, OSError,
-    csv.Error."""
+    """The rows of a corpus, its form recognised by its path. Raises DataError, OSError."""
     if path.is_dir():
-        trees = sorted(path.rglob('*.trans.txt'))
-        etc = [p for p in path.glob('etc/*.transcription') if split in p.name]
+        trees = files_below(path, '.trans.txt')
+        etc = [p for p in path.glob('etc/*.transcription')
+               if split in p.name and not p.name.startswith('._')]
         if bool(trees) + len(etc) != 1:
             raise DataError(f'{path}: a folder needs either *.trans.txt or one '
                             f'etc/*{split}*.transcription; or name a file')
@@ -589,11 +740,10 @@ def corpus_rows(path: Path, split: str) -> Rows:
     return json_rows(path)
 
 
-def parse_row(row: dict | str, folder: Path, where: str) -> Utterance:
-    """One row of a corpus whose files lie in a folder, or in its clips/ -> an Utterance.
-
-    Raises DataError, or what json, float and soundfile raise.
-    """
+def row_fields(row: dict | str | DataError) -> dict:
+    """{field of FIELDS: what the row has for it, '' where nothing}. Raises DataError."""
+    if isinstance(row, DataError):
+        raise row
     if isinstance(row, str):
         try:
             row = json.loads(row)
@@ -610,20 +760,49 @@ def parse_row(row: dict | str, folder: Path, where: str) -> Utterance:
     for field in 'audio', 'text':
         if not isinstance(fields[field], str) or not fields[field].strip():
             first, *others = FIELDS[field]
-            raise DataError(f'has {fields[field]!r} for its {first} (or {", ".join(others)}); '
-                            'fill it in')
-    text = normalise_text(fields['text'])
-    text.encode()  # half of a surrogate pair is a ValueError
-    audio = folder / fields['audio']
-    if not audio.is_file():
-        audio = folder / 'clips' / fields['audio']  # Common Voice
-        if not audio.is_file():
-            raise DataError(f'{folder / fields["audio"]} is no file; correct its path')
-    duration = float(fields['duration'] or soundfile.info(audio).duration)
-    if not 0 < duration < 3600:
+            raise DataError(f'has {repr(fields[field])[:SHORT]} for its {first} (or '
+                            f'{", ".join(others)}); fill it in')
+        try:
+            fields[field].encode()
+        except UnicodeEncodeError:
+            raise DataError(f'its {field} holds bytes that are no UTF-8 text; save it as '
+                            'UTF-8') from None
+    return fields
+
+
+def find_audio(name: str, folder: Path) -> Path:
+    """The file of a name in a folder or in its clips/, as Common Voice has it, with its suffix or
+    without. Raises DataError."""
+    for audio in folder / name, folder / 'clips' / name:
+        if audio.is_file():
+            return audio
+        if Path(with_suffix(audio)).is_file():
+            return Path(with_suffix(audio))
+    raise DataError(f'{str(folder / name)[:SHORT]} is no file; correct its path')
+
+
+def parse_row(row: dict | str | DataError, folder: Path, where: str) -> Utterance:
+    """One row of a corpus whose files lie in a folder, or in its clips/ -> an Utterance.
+
+    Raises DataError, or what float and the file system raise.
+    """
+    if isinstance(row, dict) and None in row.values():
+        raise DataError('has fewer columns than the header; a sentence broken over two lines, or a '
+                        'file cut off')
+    fields = row_fields(row)
+    audio = find_audio(fields['audio'], folder)
+    offset = float(fields['offset']) if fields['offset'] != '' else None
+    duration = float(fields['duration'] or 0)
+    if not duration:
+        with open_audio(audio) as file:
+            duration = file.frames / file.samplerate - (offset or 0)
+    if not 0 < duration < LONGEST:
         raise DataError(f'{audio}: its duration is {duration} s; '
                         'it needs more than 0 and less than an hour')
-    return Utterance(audio, text, duration, str(fields['speaker']), where)
+    if offset is not None and not 0 <= offset < LONGEST:
+        raise DataError(f'{audio}: its offset is {offset} s; it is 0 to less than an hour')
+    return Utterance(audio, normalise_text(fields['text']), duration, str(fields['speaker']), where,
+                     offset)
 
 
 def read_corpus(path: str | Path,
@@ -642,10 +821,10 @@ def read_corpus(path: str | Path,
         for where, row in corpus_rows(path, split):
             try:
                 utterances.append(parse_row(row, path.parent, where))
-            except (ValueError, TypeError, OSError, ArithmeticError, RuntimeError,
+            except (ValueError, TypeError, OSError, ArithmeticError, RecursionError,
                     DataError) as error:
-                faults[where] = f'{where}: {error}'
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+                faults[where] = f'{where}: {str(error)[:2 * SHORT]}'
+    except OSError as error:
         raise DataError(f'{path}: cannot be read as a corpus ({error}); correct the path, or the '
                         'file at that place') from None
     if not utterances and not faults:
@@ -664,13 +843,14 @@ def hold_out(utterances: Sequence[Utterance], seed: int = 0) -> HeldOut:
     """Keep a tenth for validation: whole speakers where ten are known."""
     speakers = {u.speaker for u in utterances}
     stems = {u.path.stem for u in utterances}
+    files = [os.path.realpath(u.path) for u in utterances]
     by_speaker = len(speakers) >= 10 and '' not in speakers
     if by_speaker:
         groups = [u.speaker for u in utterances]
-    elif len(stems) == len(utterances):
+    elif len(stems) == len(set(files)):
         groups = [u.path.stem for u in utterances]  # the same choice in any form of corpus
     else:
-        groups = [u.where for u in utterances]
+        groups = files  # what is said in one file stays on one side
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(sorted(set(groups))).tolist()
     kept = set(shuffled[:math.ceil(len(shuffled) / 10)])
@@ -1133,22 +1313,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--say', metavar='TEXT', help=f'any of: {" ".join(WORDS)}')
     parser.add_argument('--speaker', type=int, default=0, help='with --say: whose voice, 0 or more')
     args = parser.parse_args(argv)
+    import monitor
     try:
-        if args.say is not None:
-            wave, spans = synthesise(normalise_text(args.say), args.speaker)
-            save_wave(wave, args.path)
-            for word, start, end in spans:
-                print(f'{start:6.2f} {end:6.2f}  {word}')
-        elif Path(args.path).suffix.lower() in SUFFIXES:
-            wave, rate = read_audio(args.path)
-            print(f'{args.path}: {len(wave) / rate:.2f} s at {rate} Hz',
-                  *recording_problems(wave, rate), sep='\n')
-        else:
-            inspect_corpus(args.path, args.valid_data)
-    except OSError as error:
-        sys.exit(f'data.py: {args.path}: {error.strerror}; give another path')
+        with monitor.one_line_ends('data.py'):
+            say_or_inspect(args)
     except DataError as error:
         sys.exit(f'data.py: {error}')
+
+
+def say_or_inspect(args: argparse.Namespace) -> None:
+    """What the flags ask for. Raises DataError, OSError."""
+    if args.say is not None:
+        wave, spans = synthesise(normalise_text(args.say), args.speaker)
+        save_wave(wave, args.path)
+        for word, start, end in spans:
+            print(f'{start:6.2f} {end:6.2f}  {word}')
+    elif Path(args.path).suffix.lower() in SUFFIXES:
+        wave, rate = read_audio(args.path)
+        print(f'{args.path}: {len(wave) / rate:.2f} s at {rate} Hz',
+              *recording_problems(wave, rate), sep='\n')
+    else:
+        inspect_corpus(args.path, args.valid_data)
 
 
 if __name__ == '__main__':

@@ -731,10 +731,14 @@ class Checkpoint(NamedTuple):
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """A checkpoint of train.py, from its file. Raises CheckpointError."""
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError
         checkpoint = torch.load(path, weights_only=True, map_location='cpu')
         number = checkpoint.get('format', 1) if 'config' in checkpoint else None
     except Exception as error:  # whatever a file that is no checkpoint may raise
-        reason = 'no such file' if not os.path.exists(path) else type(error).__name__
+        reason = type(error).__name__
+        if not Path(path).is_file():
+            reason = 'is no regular file' if os.path.lexists(path) else 'no such file'
         raise CheckpointError(f'{path}: is no checkpoint of train.py ({reason}); give the best.pt '
                               'or last.pt of a run') from None
     if number is None:
@@ -744,8 +748,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f'{path}: its format is number {number}, this code reads {FORMAT}; '
                               'use the code that wrote it, or train again')
     try:
-        network = Recogniser(Config(**checkpoint['config']))
-        network.load_state_dict(checkpoint['model'])
+        with torch.device('meta'):  # shapes alone, to compare before memory is taken
+            network = Recogniser(Config(**checkpoint['config']))
+        network.load_state_dict(checkpoint['model'], assign=True)
+        network.requires_grad_(True).to(memory_format=torch.channels_last)
         alphabet, run = checkpoint['alphabet'], checkpoint['run']
         language_model = CharacterModel(json.loads(checkpoint['language_model']))
         loaded = Checkpoint(network.eval(), alphabet, run, language_model)
@@ -910,10 +916,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--plot', metavar='FILE',
                         help='draw one clip into a .png, .svg or .pdf file; needs matplotlib')
     args = parser.parse_args(argv)
-    import data
-    import monitor
     if args.plot and len(args.clips) != 1:
         sys.exit('model.py: --plot draws one clip; name one')
+    import monitor
+    with monitor.one_line_ends('model.py'):
+        sys.exit(transcribe_clips(args))
+
+
+def transcribe_clips(args: argparse.Namespace) -> bool:
+    """Print what the flags ask for -> whether a clip could not be transcribed."""
+    import data
+    import monitor
     try:
         decoding = read_decoding(args)
         checkpoint = with_text(load_checkpoint(args.checkpoint), args.lm_text)
@@ -939,7 +952,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.times:
             for word in transcript.words:
                 print(f'{word.start:6.2f} {word.end:6.2f}  {word.confidence:.2f}  {word.text}')
-    sys.exit(failed)
+    return failed
 
 
 if __name__ == '__main__':

@@ -19,15 +19,18 @@ References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani &
 (bootstrap).
 """
 import argparse
+import contextlib
 import json
 import math
+import os
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +54,32 @@ ENGLISH = (20.9, 12.49, 9.28, 8.04, 7.64, 7.57, 7.23, 6.51, 6.28, 5.05, 4.07, 3.
 CLEAR = '\x1b[K'         # ANSI escape: erase to the end of the line
 
 
+# ---- the ends of programs ------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def one_line_ends(program: str, next_step: Callable[[], str] | None = None) -> Iterator[None]:
+    """End a program in one line where it is interrupted or cannot write.
+
+    next_step: what to do then, in words. Characters that the terminal lacks become question marks.
+    """
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a closed pipe is answered
+    except KeyboardInterrupt:
+        sys.exit(f'{program}: stopped' + (f'; {next_step()}' if next_step else ''))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # nobody reads on, and Python would say so twice
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f'{program}: {error}; put that right' + (f'; then, {next_step()}' if next_step
+                                                          else ''))
+
+
 # ---- error rates ---------------------------------------------------------------------------------
 
 class Edits(NamedTuple):
@@ -64,21 +93,27 @@ class Edits(NamedTuple):
 def edit_counts(reference: Sequence, hypothesis: Sequence) -> Edits:
     """The edits of a cheapest alignment of two sequences (Levenshtein 1966).
 
-    On a tie, the one with fewer substitutions, then insertions.
+    On a tie, the one with fewer substitutions, then insertions. Raises ValueError for sequences
+    of more than 50,000 symbols.
     """
-    row = [Edits(j, 0, j, 0) for j in range(len(hypothesis) + 1)]  # of the empty reference
-    for i, said in enumerate(reference, 1):
-        above = row
-        row = [Edits(i, 0, 0, i)]
-        for j, heard in enumerate(hypothesis, 1):
-            cost, s, n, d = above[j - 1]
-            same = Edits(cost, s, n, d) if said == heard else Edits(cost + 1, s + 1, n, d)
-            cost, s, n, d = row[j - 1]
-            inserted = Edits(cost + 1, s, n + 1, d)
-            cost, s, n, d = above[j]
-            deleted = Edits(cost + 1, s, n, d + 1)
-            row.append(min(same, inserted, deleted))
-    return row[-1]
+    # One number for all four, compared from the left: cost, substitutions, insertions, deletions.
+    base = 1 + max(len(reference), len(hypothesis))
+    if base > 50_000:  # the fourth power is to fit 63 bits
+        raise ValueError(f'{base - 1} symbols are too many to align; give shorter utterances')
+    substitution, insertion, deletion = base ** 3 + base ** 2, base ** 3 + base, base ** 3 + 1
+    symbols = {symbol: i for i, symbol in enumerate({*reference, *hypothesis})}
+    heard = np.array([symbols[symbol] for symbol in hypothesis], dtype=np.int64)
+    insertions = insertion * np.arange(len(hypothesis) + 1)
+    row = insertions  # of the empty reference
+    for said in reference:
+        best = row + deletion
+        same = row[:-1] + np.where(heard == symbols[said], 0, substitution)
+        best[1:] = np.minimum(best[1:], same)
+        # Insertions run along the row: the least of all that came before it, and as many of them.
+        row = np.minimum.accumulate(best - insertions) + insertions
+    counts = int(row[-1])
+    return Edits(counts // base ** 3, counts // base ** 2 % base, counts // base % base,
+                 counts % base)
 
 
 def bootstrap_interval(errors: Tensor, words: Tensor) -> list[float]:
@@ -137,28 +172,33 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
     padded = nn.utils.rnn.pad_sequence([torch.tensor(t) for t in targets], batch_first=True)
     target_lengths = torch.tensor([len(t) for t in targets])
 
-    def loss(distribution):
-        log_probs = distribution.clamp_min(1e-30).log()
-        log_probs = log_probs.expand(int(lengths.max()), len(targets), vocab_size)
-        losses = F.ctc_loss(log_probs, padded, lengths, target_lengths, reduction='none')
-        losses = losses / target_lengths
-        return losses[losses.isfinite()].mean().item()
+    def losses(distribution, chosen):
+        log_probs = distribution.clamp_min(1e-30).log().float()
+        log_probs = log_probs.expand(int(lengths.max()), len(lengths[chosen]), vocab_size)
+        total = F.ctc_loss(log_probs, padded[chosen], lengths[chosen], target_lengths[chosen],
+                           reduction='none')
+        return total / target_lengths[chosen]
 
-    def constant(blank):
+    uniform = losses(torch.full_like(frequency, 1 / vocab_size), slice(None))
+    possible = uniform.isfinite().nonzero()[:, 0]
+    if not len(possible):
+        return math.nan, math.nan
+
+    def constant(blank, chosen):
         distribution = frequency * (1 - blank)
         distribution[0] = blank
-        return loss(distribution)
+        return losses(distribution, chosen).mean().item()
 
-    uniform = loss(torch.full_like(frequency, 1 / vocab_size))
+    few = possible[::max(1, len(possible) // 50)]  # their best share is nearly that of all
     # The loss falls with the blank's share and rises again, so each step leaves a third away.
     low, high = 0.0, 1.0
     while high - low > 0.02:
         left, right = low + (high - low) / 3, high - (high - low) / 3
-        if constant(left) < constant(right):
+        if constant(left, few) < constant(right, few):
             high = right
         else:
             low = left
-    return uniform, constant((low + high) / 2)
+    return uniform[possible].mean().item(), constant((low + high) / 2, possible)
 
 
 def plateau_fraction(loss: float, lines: tuple[float, float]) -> float:
@@ -1112,6 +1152,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.run and not args.lines:
         parser.error('name run folders of train.py, or give --lines T L V')
+    with one_line_ends('monitor.py'):
+        sys.exit(report(args))
+
+
+def report(args: argparse.Namespace) -> bool:
+    """Print what the flags ask for -> whether a run could not be read."""
     runs = []
     failed = False
     for folder in args.run:
@@ -1134,7 +1180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f'monitor.py: {error}')
     except (KeyError, TypeError, ValueError) as error:
         sys.exit(f'monitor.py: a run lacks what train.py writes ({error!r}); look at each alone')
-    sys.exit(failed)
+    return failed
 
 
 if __name__ == '__main__':

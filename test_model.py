@@ -1146,7 +1146,7 @@ def test_masks_are_zero_and_leave_the_rest(mels_of):
     ('{"audio_filepath": "manifest.jsonl", "text": "a"}', 'Error opening'),
     ('[1]', 'manifest.jsonl:2: is no JSON object'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": 5}', 'not 5.00 as its duration says'),
-    ('{"audio_filepath": "0.wav", "text": "\\ud800"}', 'surrogates not allowed'),
+    ('{"audio_filepath": "0.wav", "text": "\\ud800"}', 'no UTF-8 text'),
     ('yes', 'manifest.jsonl:2: is not a line of JSON'),
     (json_row('0.wav', ' '.join('abcdefgh' * 4)), '0.wav'),
 ])
@@ -1301,6 +1301,348 @@ def test_utterances_of_unknown_speakers_are_held_out_at_random():
     assert len(held_out.train) == 90
     assert len(held_out.valid) == 10
     assert 'at random' in held_out.choice
+
+
+# ---- data: recordings and transcripts as people have them ----------------------------------------
+
+def write_noise(path, seconds=0.5, rate=16000, **form):
+    """A recording of noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(round(seconds * rate))
+    soundfile.write(path, noise, rate, **form)
+    return path
+
+
+def reading_error(path):
+    """What read_wave says of a file, which must be one line of no great length."""
+    with pytest.raises(data.DataError) as error:
+        data.read_wave(path)
+    message = str(error.value)
+    assert '\n' not in message
+    assert len(message) < 600
+    assert str(path) in message
+    return message
+
+
+def test_a_flac_of_a_stream_is_named_and_can_be_skipped(tmp_path, capsys):
+    """Low nibble of byte 21 and bytes 22 to 25 are zero: the number of samples is not known."""
+    content = bytearray(write_noise(tmp_path / 'whole.flac').read_bytes())
+    content[21] &= 0xf0
+    content[22:26] = bytes(4)
+    (tmp_path / 'stream.flac').write_bytes(content)
+    assert 'does not say how long it is' in reading_error(tmp_path / 'stream.flac')
+    rows = [json_row(f'{name}.flac', 'a') for name in ('stream', 'whole')]
+    write_lines(tmp_path / 'm.jsonl', rows)
+    utterances, faults = data.read_corpus(tmp_path / 'm.jsonl')
+    assert [u.path.name for u in utterances] == ['whole.flac']
+    assert list(faults) == [f'{tmp_path / "m.jsonl"}:1']
+
+
+@pytest.mark.parametrize('name,form', [
+    ('a.wav', {}), ('a.aiff', {}), ('a.au', {}), ('a.sph', {'format': 'NIST'}), ('a.mp3', {}),
+    ('a.flac', {}),
+])
+def test_a_recording_cut_off_in_the_middle_is_refused(name, form, tmp_path):
+    whole = write_noise(tmp_path / name, **form)
+    assert len(data.read_wave(whole)) == 8000
+    content = whole.read_bytes()
+    (tmp_path / f'cut_{name}').write_bytes(content[:len(content) // 2])
+    assert re.search('is cut off|cannot be read', reading_error(tmp_path / f'cut_{name}'))
+
+
+def test_a_wav_that_a_program_streamed_is_read(tmp_path):
+    """Its sizes are 2^32 - 1, for they were not known when it began."""
+    content = bytearray(write_noise(tmp_path / 'a.wav').read_bytes())
+    for name in b'RIFF', b'data':
+        size = content.index(name) + 4
+        content[size:size + 4] = b'\xff' * 4
+    (tmp_path / 'b.wav').write_bytes(content)
+    assert torch.equal(data.read_wave(tmp_path / 'a.wav'), data.read_wave(tmp_path / 'b.wav'))
+
+
+@pytest.mark.parametrize('rate', [3, 3999, 384_001, 50_000_017])
+def test_rates_of_the_header_are_not_believed(rate, tmp_path):
+    """Resampling 52 kB at 3 Hz to 16 kHz would take 6 GB."""
+    content = bytearray(write_noise(tmp_path / 'a.wav').read_bytes())
+    content[24:28] = rate.to_bytes(4, 'little')
+    (tmp_path / 'a.wav').write_bytes(content)
+    assert f'{rate} samples a second' in reading_error(tmp_path / 'a.wav')
+
+
+def test_a_day_of_silence_is_refused_by_its_header(tmp_path):
+    """72 million samples in the STREAMINFO of a FLAC of a second."""
+    content = bytearray(write_noise(tmp_path / 'a.flac', 1).read_bytes())
+    content[22:26] = (20 * 3600 * 16000).to_bytes(4, 'big')
+    (tmp_path / 'a.flac').write_bytes(content)
+    assert 'lasts 20.0 hours' in reading_error(tmp_path / 'a.flac')
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    assert 'is no regular file' in reading_error(tmp_path / 'pipe')
+    assert 'is no regular file' in reading_error('/dev/zero')
+    assert 'is no regular file' in exit_code(model.main, tmp_path / 'pipe')
+
+
+def test_a_recording_is_read_from_standard_input(by_heart):
+    clip = by_heart.folder / 'clip.wav'
+    command = [sys.executable, model.__file__, str(by_heart.checkpoint), '-']
+    with open(clip, 'rb') as file:
+        done = subprocess.run(command, stdin=file, capture_output=True, text=True)
+    assert done.stdout.strip() == by_heart.text, done.stderr
+
+
+def test_links_in_a_librispeech_tree_are_followed_and_loops_are_not(tmp_path):
+    for speaker in '1', '2':
+        chapter = tmp_path / f'disk{speaker}' / speaker / '5'
+        write_noise(chapter / f'{speaker}-5-0.WAV')
+        write_lines(chapter / f'{speaker}-5.trans.txt', [f'{speaker}-5-0 GO'])
+        write_lines(chapter / f'._{speaker}-5.trans.txt', ['\0\5\x16'])  # macOS
+    tree = tmp_path / 'tree'
+    tree.mkdir()
+    for speaker in '1', '2':
+        (tree / speaker).symlink_to(tmp_path / f'disk{speaker}' / speaker)
+    (tree / '1' / 'loop').symlink_to(tree)
+    utterances = read_utterances(tree)
+    assert sorted(u.speaker for u in utterances) == ['1', '2']
+
+
+def test_the_same_file_by_another_path_is_known(tmp_path, capsys):
+    manifest = write_corpus(tmp_path / 'c', ['ab', 'ba'])
+    (tmp_path / 'link').symlink_to(tmp_path / 'c')
+    args = train.parse_flags(['--train_data', str(manifest), '--valid_data',
+                              str(tmp_path / 'link' / 'manifest.jsonl')])
+    train.load_splits(args, 4)
+    assert '2 files of validation or test are in training too' in capsys.readouterr().out
+
+
+def test_a_file_listed_twice_is_held_out_whole(tmp_path):
+    for i in range(10):
+        write_noise(tmp_path / f'{i}.wav')
+    rows = [json_row(f'{i}.wav', text) for i in range(10) for text in ('a', 'b')]
+    write_lines(tmp_path / 'm.jsonl', rows)
+    held = data.hold_out(read_utterances(tmp_path / 'm.jsonl'))
+    assert len(held.valid) == 2
+    assert not {u.path for u in held.train} & {u.path for u in held.valid}
+
+
+@pytest.mark.parametrize('name', ['u.wav', 'u.flac', 'u.mp3'])
+def test_segments_are_cut_out_of_their_recording(name, tmp_path):
+    """NeMo's offset and duration: 0.6 to 1.2 s of three tones."""
+    t = np.arange(9600) / 16000
+    tones_in_turn = [0.3 * np.sin(2 * np.pi * hertz * t) for hertz in (300, 600, 1200)]
+    soundfile.write(tmp_path / name, np.concatenate(tones_in_turn), 16000)
+    row = json_row(name, 'left', offset=0.6, duration=0.6)
+    write_lines(tmp_path / 'm.jsonl', [row])
+    utterance, = read_utterances(tmp_path / 'm.jsonl')
+    wave, rate = data.load_utterance(utterance)
+    assert (len(wave), rate) == (9600, 16000)
+    spectrum = np.abs(np.fft.rfft(wave.numpy()))
+    assert spectrum.argmax() * 16000 / 9600 == pytest.approx(600, abs=5)
+    assert data.check_recordings([utterance], {}) == {}
+    assert utterance.duration == 0.6
+
+
+def test_a_segment_beyond_its_recording_is_a_fault(tmp_path):
+    write_noise(tmp_path / 'u.wav')
+    rows = [json_row('u.wav', 'a', offset=offset, duration=0.3) for offset in (0.35, 2, -1)]
+    write_lines(tmp_path / 'm.jsonl', rows)
+    utterances, faults = data.read_corpus(tmp_path / 'm.jsonl')
+    assert 'its offset is -1.0 s' in faults[f'{tmp_path / "m.jsonl"}:3']
+    found = list(data.check_recordings(utterances, {}).values())
+    assert 'lasts 0.15 s, not 0.30' in found[0]
+    assert 'holds no samples from 2.00 s on' in found[1]
+
+
+@pytest.mark.parametrize('name,lines,fault', [
+    ('t.tsv', [b'path\tsentence', b'a.wav\tone', b'a.wav'], 'fewer columns than the header'),
+    ('t.csv', [b'path,sentence', b'a.wav,one', b'a.wav,"tw"o"'], 'is no row of a table'),
+    ('t.tsv', [b'path\tsentence', b'a.wav\tone', b'a.wav\tzw\xf6lf'], 'no UTF-8 text'),
+    ('t.jsonl', [b'', b'{"audio": "a.wav", "text": "one"}', b'{"audio": "a.wav", "text": "\xf6"}'],
+     'no UTF-8 text'),
+    ('t.tsv', [b'path\tsentence', b'a.wav\tone', b'a' * 300 + b'.wav\tone'], 't.tsv:3: '),
+    ('t.csv', [b'path,sentence', b'a.wav,one', b'a' * 140_000 + b',one'], 't.csv:3: '),
+])
+def test_a_bad_row_is_named_and_the_others_are_read(name, lines, fault, tmp_path):
+    write_noise(tmp_path / 'a.wav')
+    (tmp_path / name).write_bytes(b'\n'.join([*lines, lines[1], b'']))
+    utterances, faults = data.read_corpus(tmp_path / name)
+    assert [u.text for u in utterances] == ['one', 'one']
+    message, = faults.values()
+    assert f'{name}:3: ' in message
+    assert fault in message
+    assert len(message) < 1000
+
+
+def test_sphinx_fillers_and_alternates_are_no_words(tmp_path, capsys):
+    write_noise(tmp_path / 'wav' / 'speaker_1' / 'file_1.wav')
+    write_noise(tmp_path / 'wav' / 'speaker_2' / 'file_1.wav')
+    write_lines(tmp_path / 'etc' / 'x_train.fileids', ['speaker_1/file_1', 'speaker_2/file_1'])
+    write_lines(tmp_path / 'etc' / 'x_train.transcription',
+                ['<s> <sil> HELLO(2) ++NOISE++ WORLD </s> (speaker_2/file_1)',
+                 '<s> GO [COUGH] <sil> </s> (speaker_1/file_1)'])
+    utterances = read_utterances(tmp_path)
+    assert {u.speaker: u.text for u in utterances} == {'speaker_2': 'hello world',
+                                                       'speaker_1': 'go'}
+    assert 'left out of the transcripts: 2 <sil>, 1 ++NOISE++, 1 [COUGH]' in capsys.readouterr().out
+
+
+def test_a_sphinx_line_without_a_name_is_one_fault(tmp_path):
+    write_noise(tmp_path / 'wav' / 'a.wav')
+    write_lines(tmp_path / 'etc' / 'x_train.fileids', ['a', 'b'])
+    blanks = ' ' * 100_000
+    write_lines(tmp_path / 'etc' / 'x_train.transcription', ['GO (a)', f'STOP{blanks}X'])
+    start = time.perf_counter()
+    utterances, faults = data.read_corpus(tmp_path)
+    assert time.perf_counter() - start < 1
+    assert [u.text for u in utterances] == ['go']
+    fault, = faults.values()
+    assert 'has no name of a file' in fault
+
+
+def test_turkish_capitals_and_suffixes_that_are_missing(tmp_path):
+    write_noise(tmp_path / 'a.FLAC')
+    write_lines(tmp_path / 't.tsv', ['path\tsentence', 'a\tİyi'])
+    utterance, = read_utterances(tmp_path / 't.tsv')
+    assert utterance.text == 'iyi'
+    assert utterance.path.name == 'a.FLAC'
+
+
+def test_text_that_a_terminal_cannot_show_ends_nothing(tmp_path):
+    """An Arabic transcript where the encoding has Western letters alone."""
+    write_noise(tmp_path / 'a.wav')
+    write_lines(tmp_path / 'm.jsonl', [json_row('a.wav', 'سلام')])
+    for module, *flags in [(data, tmp_path / 'm.jsonl'),
+                           (train, '--train_data', tmp_path / 'm.jsonl', '--overfit=1', *SMALL,
+                            '--epochs=1', '--run_dir', tmp_path / 'run')]:
+        done = subprocess.run([sys.executable, module.__file__, *map(str, flags)], text=True,
+                              capture_output=True, env=os.environ | {'PYTHONIOENCODING': 'cp1252'})
+        assert 'Traceback' not in done.stderr
+        assert '????' in done.stdout + done.stderr or "'?'" in done.stdout
+
+
+def test_long_training_utterances_are_left_out_by_name(tmp_path, capsys):
+    for i, seconds in enumerate([1, 3, 1]):
+        write_noise(tmp_path / f'{i}.wav', seconds)
+    write_lines(tmp_path / 'm.jsonl', [json_row(f'{i}.wav', 'ab') for i in range(3)])
+    path = str(tmp_path / 'm.jsonl')
+    args = train.parse_flags(['--train_data', path, '--valid_data', path, '--max_seconds=2'])
+    splits = train.load_splits(args, 2)
+    assert len(splits.train) == 2
+    assert len(splits.valid) == 3
+    assert 'longer than 2 s and are left out (--max_seconds): 1.wav' in capsys.readouterr().out
+    args = train.parse_flags(['--train_data', path, '--valid_data', path, '--max_seconds=0'])
+    assert len(train.load_splits(args, 2).train) == 3
+
+
+def test_long_utterances_are_scored_in_small_batches():
+    seconds = [1] * 20 + [300] * 3 + [3000]
+    utterances = [data.Utterance(Path(f'{i}.wav'), 'a', s, '', '') for i, s in enumerate(seconds)]
+    batches = data.evaluation_batches(utterances, 16)
+    assert [len(batch) for batch in batches] == [16, 4, 2, 1, 1]
+
+
+@pytest.mark.parametrize('flags,words', [
+    (['--hidden=1000000'], '1000000 is not between 1 and 4096'),
+    (['--workers=9007199254740992'], 'is not between 0 and 256'),
+])
+def test_flags_out_of_their_range(flags, words, capsys):
+    assert exit_code(train.main, *flags) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('device', ['meta', 'mps', 'toaster'])
+def test_a_device_that_cannot_do_ctc_is_a_line(device):
+    message = exit_code(train.main, '--device', device)
+    assert message.startswith(f'train.py: flags: --device {device}: there is no such device')
+    assert '\n' not in message
+
+
+def test_a_checkpoint_of_another_size_than_it_says_takes_no_memory(by_heart, tmp_path):
+    checkpoint = torch.load(by_heart.checkpoint, weights_only=True)
+    checkpoint['config']['hidden'] = 200_000
+    torch.save(checkpoint, tmp_path / 'big.pt')
+    assert 'is a damaged checkpoint' in exit_code(model.main, tmp_path / 'big.pt')
+
+
+@pytest.mark.parametrize('change', [{'alphabet': [1, 2]}, {'run': {}}, {'language_model': '[]'},
+                                    {'language_model': '{"a": 1}'}])
+def test_a_damaged_checkpoint_is_a_line(change, by_heart, tmp_path):
+    checkpoint = torch.load(by_heart.checkpoint, weights_only=True)
+    torch.save(checkpoint | change, tmp_path / 'x.pt')
+    message = exit_code(model.main, tmp_path / 'x.pt', by_heart.folder / 'clip.wav')
+    assert 'is a damaged checkpoint' in message
+    assert '\n' not in message
+
+
+# ---- data: fuzz ----------------------------------------------------------------------------------
+
+def mutated(content, rng):
+    """Some bytes changed, cut out, doubled, or the end cut off."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        place = int(rng.integers(len(content)))
+        size = int(rng.integers(1, 40))
+        kind = rng.integers(4)
+        if kind == 0:
+            content[place] = int(rng.integers(256))
+        elif kind == 1:
+            del content[place:place + size]
+        elif kind == 2:
+            content[place:place] = content[place:place + size]
+        else:
+            content[place:place + size] = rng.integers(256, size=size, dtype=np.uint8).tobytes()
+        content = content or bytearray(b'x')
+    return bytes(content)
+
+
+FUZZED = 2000 if 'SLOW' in os.environ else 120
+
+
+def test_fuzzed_recordings_give_a_transcript_or_a_line(by_heart, tmp_path):
+    """No other exception, none over 5 s."""
+    rng = np.random.default_rng(0)
+    checkpoint = model.load_checkpoint(by_heart.checkpoint)
+    originals = [write_noise(tmp_path / f'a.{suffix}', 0.3).read_bytes()
+                 for suffix in ('wav', 'flac', 'ogg', 'mp3', 'aiff', 'au', 'caf')]
+    path = tmp_path / 'fuzzed.wav'
+    read = 0
+    for i in range(FUZZED):
+        path.write_bytes(mutated(originals[i % len(originals)], rng))
+        start = time.perf_counter()
+        with contextlib.suppress(data.DataError):
+            wave, rate = data.read_audio(path)
+            list(data.recording_problems(wave, rate))
+            model.transcribe(checkpoint, data.read_wave(path))
+            read += 1
+        assert time.perf_counter() - start < 5
+    assert read > FUZZED / 4
+
+
+def test_fuzzed_manifests_are_read_or_named_row_by_row(tmp_path):
+    """Every line is an utterance or a fault, unless the corpus is refused as a whole."""
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        write_noise(tmp_path / f'{i}.wav', 0.1)
+    forms = {
+        'm.jsonl': '\n'.join(json_row(f'{i}.wav', 'go on', duration=0.1) for i in range(3)),
+        'm.tsv': 'path\tsentence\n0.wav\tgo\n1.wav\tstop\n2.wav\tgo on',
+        'm.csv': 'path,sentence\n0.wav,go\n1.wav,"stop, now"\n2.wav,go on',
+    }
+    for i in range(FUZZED):
+        name = list(forms)[i % 3]
+        content = mutated(forms[name].encode(), rng)
+        (tmp_path / name).write_bytes(content)
+        start = time.perf_counter()
+        with contextlib.suppress(data.DataError):
+            utterances, faults = data.read_corpus(tmp_path / name)
+            data.check_recordings(utterances, {})
+            lines = [line for line in content.split(b'\n') if line.strip()]
+            if name == 'm.jsonl':
+                assert len(utterances) + len(faults) >= len(lines)
+            for fault in faults.values():
+                assert '\n' not in fault
+        assert time.perf_counter() - start < 5
 
 
 # ---- data: inspection ----------------------------------------------------------------------------

@@ -178,14 +178,16 @@ def add_data_flags(add: Callable) -> None:
         help='mask bands and stretches of time in training')
     add('--speed_perturb', action=SWITCH, default=True,
         help='play at 0.9 to 1.1 times the speed in training')
-    add('--workers', type=count, default=0,
+    add('--max_seconds', type=number(float, 0), default=40.0,
+        help='longer utterances are left out of training, and named; 0: none')
+    add('--workers', type=number(int, 0, 256), default=0,
         help='processes that load audio; 0: the training process itself')
 
 
 def add_optimisation_flags(add: Callable) -> None:
     positive, amount = number(int, 1), number(float, 0)
     add('--epochs', type=positive, default=8, help='passes over the training data')
-    add('--batch_size', type=positive, default=8, help='utterances an update')
+    add('--batch_size', type=number(int, 1, 4096), default=8, help='utterances an update')
     add('--learning_rate', type=amount, default=3e-4, help='OneCycle climbs to ten times this')
     add('--schedule', choices=('onecycle', 'constant'), default='onecycle',
         help='of the learning rate')
@@ -204,7 +206,8 @@ def add_model_flags(add: Callable) -> None:
     add('--blocks', type=positive, default=ours.blocks, help='of MobileNetV3-Small, 2 to 11')
     add('--frames_per_output', type=positive, default=ours.frames_per_output,
         help='frames of 10 ms that an output stands for: 1, 2 or 4')
-    add('--hidden', type=positive, default=ours.hidden, help='LSTM units in each direction')
+    add('--hidden', type=number(int, 1, 4096), default=ours.hidden,
+        help='LSTM units in each direction')
     add('--dropout', type=number(float, 0), default=ours.dropout,
         help='before each LSTM layer and the head; 0: none')
     add('--squeeze_excite', action=SWITCH, default=ours.squeeze_excite,
@@ -510,12 +513,17 @@ def load_splits(args: argparse.Namespace, frames_per_output: int) -> data.Splits
     splits = data.read_splits(paths['train'], paths['valid'], paths['test'], args.seed,
                               frames_per_output, math.inf if args.skip_bad else CHECK_UP_TO)
     leave_out(splits.faults, args.skip_bad)
+    long = [u for u in splits.train if u.duration > (args.max_seconds or math.inf)]
+    if long:
+        print(f'{len(long)} training utterances last longer than {args.max_seconds:g} s and are '
+              'left out (--max_seconds):', ' '.join(u.path.name for u in long))
+        splits = splits._replace(train=[u for u in splits.train if u not in long])
     for split, path in paths.items():
         if not getattr(splits, split) and path != 'none':
             raise data.DataError(f'--{split}_data: no utterance of {path or paths["train"]} is '
                                  'left for it; give a larger corpus')
-    training_files = {os.path.abspath(u.path) for u in splits.train}
-    shared = training_files & {os.path.abspath(u.path) for u in splits.valid + splits.test}
+    training_files = {os.path.realpath(u.path) for u in splits.train}
+    shared = training_files & {os.path.realpath(u.path) for u in splits.valid + splits.test}
     if shared:
         print(f'{len(shared)} files of validation or test are in training too: their scores say '
               'nothing of new speech')
@@ -558,7 +566,7 @@ def data_fingerprint(splits: data.Splits) -> dict[str, str]:
         for u in utterances:
             name = '/'.join(u.path.parts[-2:])
             content = zlib.crc32(u.path.read_bytes()) if few else os.path.getsize(u.path)
-            digest.update(f'{name} {u.duration} {content} {u.text}\n'.encode())
+            digest.update(f'{name} {u.offset} {u.duration} {content} {u.text}\n'.encode())
         digests[split] = digest.hexdigest()
     return digests
 
@@ -623,12 +631,15 @@ def check_characters(utterances: Sequence[data.Utterance], alphabet: Sequence[st
 
 
 def check_device(args: argparse.Namespace) -> None:
-    """Raise DataError where --device names none."""
+    """Raise DataError where --device names none that can compute CTC."""
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise data.DataError(f'flags: --device {args.device}: there is no such device '
-                             f'({error}); cpu is always there') from None
+        outputs = torch.zeros(2, 1, 2, device=args.device).log_softmax(2)
+        label = torch.ones(1, 1, dtype=torch.long, device=args.device)
+        F.ctc_loss(outputs, label, torch.tensor([2]), torch.tensor([1])).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = ' '.join(str(error).split())[:data.SHORT]
+        raise data.DataError(f'flags: --device {args.device}: there is no such device that can '
+                             f'compute CTC ({reason}); cpu is always there') from None
 
 
 def init_from(network: model.Recogniser, alphabet: Sequence[str], path: str) -> None:
@@ -1053,7 +1064,8 @@ def save_example(path: Path, utterances: Sequence[data.Utterance],
     """
     right = [utterances[s.index] for s in sentences if s.said == s.heard]
     u = max(right, key=lambda u: len(u.text), default=utterances[0])
-    data.save_wave(data.read_wave(u.path).numpy(), path)
+    wave, rate = data.load_utterance(u)
+    data.save_wave(data.resample(wave, rate, data.SAMPLE_RATE).numpy(), path)
     return u.text
 
 
@@ -1325,26 +1337,22 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # torchrun
     previous = signal.signal(signal.SIGTERM, stop)
     try:
-        args = parse_flags(argv)
-        args.begun = False
-        if ranks > 1:
-            torch.distributed.init_process_group('gloo' if args.device == 'cpu' else 'nccl')
-            if args.device != 'cpu':
-                args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
-        with contextlib.redirect_stdout(open(os.devnull, 'w') if rank else sys.stdout):
-            results = run(args, rank, ranks)
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, where a closed pipe is answered
-            return results
-    except KeyboardInterrupt:
-        sys.exit(1 if rank else f'train.py: stopped; {how_to_go_on(args)}')
+        with monitor.one_line_ends('train.py', lambda: how_to_go_on(args)):
+            args = parse_flags(argv)
+            args.begun = False
+            if ranks > 1:
+                torch.distributed.init_process_group('gloo' if args.device == 'cpu' else 'nccl')
+                if args.device != 'cpu':
+                    args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
+            with contextlib.redirect_stdout(open(os.devnull, 'w') if rank else sys.stdout):
+                return run(args, rank, ranks)
+    except SystemExit as end:
+        if rank and isinstance(end.code, str):
+            sys.exit(1)  # the first process says it
+        raise
     except data.DataError as error:
         # From a loader process the error comes with that process's traceback before it.
         sys.exit('train.py: ' + str(error).rpartition('data.DataError: ')[2].strip())
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # nobody reads on, and Python would say so twice
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f'train.py: {error}; put that right; then, {how_to_go_on(args)}')
     except RuntimeError as error:
         if ranks == 1:
             raise
