@@ -338,25 +338,22 @@ def features(wave: Tensor) -> Features:
     """
     if not len(wave):
         raise ValueError('a wave without samples has no features; give a longer one')
-    mels = repair_clicks(log_mels(wave))
-    # Speech is what comes within 35 dB of the voice's level.
+    # Silence before and behind makes a clip that has some and one that has none the same.
+    silence = MARGIN + 2                                                 # frames
+    mels = repair_clicks(log_mels(F.pad(wave, (silence * HOP, silence * HOP))))
+    # Speech is what comes within 35 dB of the voice's level. Its first and last frame, half of
+    # whose window may lie in silence, do not count for what follows.
     power = moving_median(mels.logsumexp(1))
-    is_speech = power >= voice_level(power) - QUIET
-    speech = mels[is_speech]                                             # (N, 80)
-    # What is quieter is raised to the quietest that speech has in each band, and that stands for
-    # the 0.2 s on each side where the clip has less.
-    floor = speech.min(0).values
-    where = is_speech.nonzero()[:, 0]
-    start, end = int(where[0]) - MARGIN, int(where[-1]) + 1 + MARGIN
-    silence_before = floor.expand(max(0, -start), -1)
-    silence_behind = floor.expand(max(0, end - len(mels)), -1)
-    kept = mels[max(0, start):end].maximum(floor)
-    mels = torch.cat([silence_before, kept, silence_behind])
+    spoken = (power >= voice_level(power) - QUIET).nonzero()[:, 0]
+    start, end = int(spoken[0]) - MARGIN, int(spoken[-1]) + 1 + MARGIN
+    speech = mels[spoken[1:-1] if len(spoken) > 2 else spoken]           # (N, 80)
+    # What is quieter is raised to the quietest that speech has in each band.
+    mels = mels[max(0, start):end].maximum(speech.min(0).values)
     # Each band to mean 0 over the speech, which removes the microphone; all together to deviation
     # 1, for by itself a band that holds mostly noise would become loud.
     mean = speech.mean(0)
     deviation = (speech - mean).std(correction=0)
-    return Features((mels - mean) / (deviation + 1e-3), start)
+    return Features((mels - mean) / (deviation + 1e-3), start - silence)
 
 
 def spec_augment(mels: Tensor, rng: np.random.Generator) -> Tensor:

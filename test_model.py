@@ -930,6 +930,18 @@ def test_silence_round_a_clip_leaves_no_trace(before, behind, level):
     assert (mels - expected).abs().mean() < 0.005
 
 
+@pytest.mark.parametrize('level_below_voice', [10, 20, 40])
+def test_zeros_round_a_noisy_clip_change_nothing_at_all(level_below_voice):
+    """Where the noise is loud enough to count as speech to its very ends."""
+    wave = spoken_wave()
+    noisy = wave + silence(len(wave) / 16000, np.abs(wave).max() * 10 ** (-level_below_voice / 20))
+    expected, start = data.features(torch.tensor(noisy))
+    padded = np.concatenate([silence(0.1), noisy, silence(1)])
+    mels, padded_start = data.features(torch.tensor(padded))
+    assert padded_start == start + 10
+    assert torch.equal(mels, expected)
+
+
 def test_a_gap_of_silence_in_the_midst_moves_the_rest_only():
     """A second of zeros between the clip and itself again: both as they are alone."""
     wave = spoken_wave()
