@@ -9,6 +9,7 @@ sections follow the modules: model, data, monitor, train; real recordings come l
 """
 import contextlib
 import functools
+import io
 import itertools
 import json
 import math
@@ -1396,12 +1397,12 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     assert 'is no regular file' in exit_code(model.main, tmp_path / 'pipe')
 
 
-def test_a_recording_is_read_from_standard_input(by_heart):
-    clip = by_heart.folder / 'clip.wav'
-    command = [sys.executable, model.__file__, str(by_heart.checkpoint), '-']
-    with open(clip, 'rb') as file:
-        done = subprocess.run(command, stdin=file, capture_output=True, text=True)
-    assert done.stdout.strip() == by_heart.text, done.stderr
+@pytest.mark.parametrize('name', ['-', '/dev/stdin'])
+def test_a_recording_is_read_from_standard_input(name, by_heart, monkeypatch, capsys):
+    with open(by_heart.folder / 'clip.wav', encoding='latin-1') as file:
+        monkeypatch.setattr(sys, 'stdin', file)
+        assert exit_code(model.main, by_heart.checkpoint, name) is False
+    assert capsys.readouterr().out.strip() == by_heart.text
 
 
 def test_links_in_a_librispeech_tree_are_followed_and_loops_are_not(tmp_path):
@@ -1520,17 +1521,19 @@ def test_turkish_capitals_and_suffixes_that_are_missing(tmp_path):
     assert utterance.path.name == 'a.FLAC'
 
 
-def test_text_that_a_terminal_cannot_show_ends_nothing(tmp_path):
-    """An Arabic transcript where the encoding has Western letters alone."""
+@pytest.mark.parametrize('module,flags', [
+    (data, ['--valid_data=m.jsonl']),
+    (train, ['--valid_data=none', '--epochs=1', *SMALL, '--run_dir=run', '--train_data']),
+])
+def test_text_that_a_terminal_cannot_show_ends_nothing(module, flags, tmp_path, monkeypatch):
+    """Arabic transcripts where the encoding has Western letters alone."""
+    monkeypatch.chdir(tmp_path)
     write_noise(tmp_path / 'a.wav')
     write_lines(tmp_path / 'm.jsonl', [json_row('a.wav', 'سلام')])
-    for module, *flags in [(data, tmp_path / 'm.jsonl'),
-                           (train, '--train_data', tmp_path / 'm.jsonl', '--overfit=1', *SMALL,
-                            '--epochs=1', '--run_dir', tmp_path / 'run')]:
-        done = subprocess.run([sys.executable, module.__file__, *map(str, flags)], text=True,
-                              capture_output=True, env=os.environ | {'PYTHONIOENCODING': 'cp1252'})
-        assert 'Traceback' not in done.stderr
-        assert '????' in done.stdout + done.stderr or "'?'" in done.stdout
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    module.main([*flags, 'm.jsonl'])
+    assert b'?' in terminal.buffer.getvalue()
 
 
 def test_long_training_utterances_are_left_out_by_name(tmp_path, capsys):
@@ -2239,8 +2242,8 @@ def learnt_network(kind):
     """A network that is not ours, after a few hundred updates."""
     torch.manual_seed(0)
     network = kind()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    for update in range(250):
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
+    for update in range(150):
         x, rest = toy_batch(update)
         loss = F.ctc_loss(network(x), *rest)
         optimizer.zero_grad()
