@@ -169,14 +169,14 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
     """A file that libsndfile reads, its header seen to be sane before a sample is. Raises
     DataError."""
     source = path
-    if is_standard_input(path):
+    if is_standard_input(path) and sys.stdin is not None:
         source = io.BytesIO(sys.stdin.buffer.read())
     elif not Path(path).is_file():
         reason = 'is no regular file' if os.path.lexists(path) else 'no such file'
         raise DataError(f'{path}: cannot be read as audio ({reason}); correct the path')
     try:
         with soundfile.SoundFile(source) as file:
-            fault = header_fault(file)
+            fault = header_fault(file) or nist_fault(source, file)
             if fault:
                 raise DataError(f'{path}: {fault}')
             yield file
@@ -189,9 +189,9 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
 def header_fault(file: soundfile.SoundFile) -> str | None:
     """What is wrong with an audio file by its header alone, and how to fix it.
 
-    A wav, aiff or au that was cut off says how long it was, in what libsndfile reports, and so does
-    a sph; sizes near 2^31 and 2^32 are those of programs that stream, and do not know. An ogg or an
-    mp3 without a length cannot be seen to have been cut off.
+    A wav, aiff or au that was cut off says how long it was, in what libsndfile reports; sizes near
+    2^31 and 2^32 are those of programs that stream, and do not know. An ogg or an mp3 without a
+    length cannot be seen to have been cut off.
     """
     rate = file.samplerate
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
@@ -202,17 +202,23 @@ def header_fault(file: soundfile.SoundFile) -> str | None:
     if file.frames > LONGEST * min(rate, 48000):
         return (f'it lasts {file.frames / rate / 3600:.1f} hours at {rate} Hz; cut it into pieces '
                 'of less than an hour')
-    if file.format == 'NIST' and not isinstance(file.name, io.BytesIO):
-        with open(file.name, 'rb') as header:
-            counted = re.search(rb'sample_count -i (\d+)', header.read(1024))
-        if counted and int(counted[1]) > file.frames:
-            return (f'is cut off: its header says {int(counted[1])} samples, it holds '
-                    f'{file.frames}; get it whole, or remove it')
     for promised, found in re.findall(r'(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)',
                                       file.extra_info):
         if int(found) < int(promised) < 0x7FFF0000:
             return (f'is cut off: its header says {promised} bytes, it holds {found}; get it '
                     'whole, or remove it')
+    return None
+
+
+def nist_fault(source: str | Path | io.BytesIO, file: soundfile.SoundFile) -> str | None:
+    """Whether a .sph was cut off, by its header, which libsndfile does not report."""
+    if file.format != 'NIST':
+        return None
+    header = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+    counted = re.search(rb'sample_count -i (\d+)', header[:1024])
+    if counted and int(counted[1]) > file.frames:
+        return (f'is cut off: its header says {int(counted[1])} samples, it holds {file.frames}; '
+                'get it whole, or remove it')
     return None
 
 
@@ -404,15 +410,15 @@ def read_text(path: str | Path, alphabet: Sequence[str]) -> list[str]:
     try:
         lines = Path(path).read_text(encoding='utf-8').splitlines()
     except (OSError, ValueError) as error:
-        raise DataError(f'{path}: cannot be read as text ({error}); give a UTF-8 text, a sentence '
-                        'a line') from None
+        raise DataError(f'--lm_text {path}: cannot be read as text ({error}); give a UTF-8 text, a '
+                        'sentence a line') from None
     known = set(alphabet)
     texts = [normalise_text(''.join(c if c in known else ' ' for c in normalise_text(line)))
              for line in lines]
     texts = [text for text in texts if text]
     if not texts:
-        raise DataError(f'{path}: holds no line in the characters of the training transcripts; '
-                        'give another text')
+        raise DataError(f'--lm_text {path}: holds no line in the characters of the training '
+                        'transcripts; give another text')
     return texts
 
 
@@ -598,7 +604,10 @@ Rows = Iterator[tuple[str, dict | str | DataError]]
 def readable_lines(path: Path) -> Iterator[str]:
     """A text file's lines as they are; bytes that are no UTF-8 become halves of surrogate pairs."""
     with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
-        yield from file
+        for line in file:
+            if '\0' in line:
+                raise DataError(f'{path}: is no UTF-8 text; name a manifest, or save it as UTF-8')
+            yield line
 
 
 def numbered_lines(path: Path) -> list[tuple[str, str]]:
@@ -608,10 +617,16 @@ def numbered_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def files_below(folder: Path, ending: str) -> list[Path]:
-    """The files of a tree whose names end so, through links too, but not macOS's '._' ones."""
+    """The files of a tree whose names end so, through links too, but not macOS's '._' ones.
+
+    Raises OSError where a folder cannot be read.
+    """
+    def refuse(error):
+        raise error
+
     found = []
     seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         inode = os.path.realpath(parent)
         if inode in seen:
             folders.clear()  # a loop of links
@@ -647,6 +662,7 @@ def table_rows(path: Path) -> Rows:
         form = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
     csv.field_size_limit(2 ** 31 - 1)
     table = csv.DictReader(readable_lines(path), **form)
+    read = 1  # lines
     for field in 'audio', 'text':
         if not set(FIELDS[field]) & set(table.fieldnames or ()):
             raise DataError(f'{path}:1: no column of the header is named '
@@ -658,7 +674,11 @@ def table_rows(path: Path) -> Rows:
             return
         except csv.Error as error:
             row = DataError(f'is no row of a table ({error}); correct its quotes')
-        yield f'{path}:{table.reader.line_num}', row
+        first, read = read + 1, table.reader.line_num
+        if isinstance(row, dict) and any('\n' in str(text) for text in row.values()):
+            row = DataError(f'goes on to line {read}, by a quote that opens here; close it, or put '
+                            'the row on one line')
+        yield f'{path}:{first}', row
 
 
 def librispeech_rows(folder: Path, transcripts: Iterable[Path]) -> Rows:
@@ -689,27 +709,31 @@ def sphinx_text(words: Iterable[str], fillers: Counter) -> str:
 
 def sphinx_rows(path: Path) -> Rows:
     """CMU Sphinx's etc/*.transcription, "<s> GO </s> (an251-fash-b)", and its .fileids."""
-    files = defaultdict(list)  # two folders may hold files of one name: first line, first file
-    for where, name in numbered_lines(path.with_suffix('.fileids')):
-        files[Path(name).name].append((where, name))
+    files = defaultdict(list)  # by full name, and by the name alone: first line, first file
+    listed = numbered_lines(path.with_suffix('.fileids'))
+    for entry in listed:
+        for name in {entry[1], entry[1].rpartition('/')[2]}:
+            files[name].append(entry)
     fillers = Counter()
+    taken = set()
     nameless = 0
     for where, line in numbered_lines(path):
         text, bracket, name = line.rpartition('(')
-        if not bracket or not name.endswith(')') or ALTERNATE.fullmatch(bracket + name):
+        name = name.removesuffix(')')
+        if not bracket or not line.endswith(')') or (name.isdigit() and name not in files):
             nameless += 1
             yield where, DataError('has no name of a file in brackets at its end; add it')
             continue
-        listed = files.get(Path(name[:-1]).name, [])
-        full = [entry for entry in listed if entry[1] == name[:-1]]
-        file = Path(f'{name[:-1]}, which the .fileids lacks,')
-        if listed:
-            entry = (full or listed)[0]
-            listed.remove(entry)
-            file = path.parent.parent / 'wav' / entry[1]
+        free = [entry for entry in files.get(name, ()) if entry not in taken]
+        if not free:
+            yield where, DataError(f'names {name}, for which the .fileids has no line, or none '
+                                   'left; correct one of them')
+            continue
+        taken.add(free[0])
+        file = path.parent.parent / 'wav' / free[0][1]
         yield where, {'audio': with_suffix(file), 'text': sphinx_text(text.split(), fillers),
                       'speaker': file.parent.name}
-    left = [entry for listed in files.values() for entry in listed]
+    left = [entry for entry in listed if entry not in taken]
     for where, _ in left[nameless:]:  # one for each nameless line is that line's
         yield where, DataError('has no line in the .transcription; add it, or remove this one')
     dropped = +fillers
@@ -767,6 +791,19 @@ def row_fields(row: dict | str | DataError) -> dict:
     return fields
 
 
+def number_of(fields: dict, field: str) -> float | None:
+    """A field's number; None where it has none. Raises DataError."""
+    if fields[field] == '':
+        return None
+    try:
+        if isinstance(fields[field], bool):
+            raise ValueError
+        return float(fields[field])
+    except (ValueError, TypeError, OverflowError):
+        raise DataError(f'has {repr(fields[field])[:SHORT]} for its {field}; give seconds as a '
+                        'number') from None
+
+
 def find_audio(name: str, folder: Path) -> Path:
     """The file of a name in a folder or in its clips/, as Common Voice has it, with its suffix or
     without. Raises DataError."""
@@ -788,16 +825,16 @@ def parse_row(row: dict | str | DataError, folder: Path, where: str) -> Utteranc
                         'file cut off')
     fields = row_fields(row)
     audio = find_audio(fields['audio'], folder)
-    offset = float(fields['offset']) if fields['offset'] != '' else None
-    duration = float(fields['duration'] or 0)
-    if not duration:
+    offset = number_of(fields, 'offset')
+    if offset is not None and not 0 <= offset < LONGEST:
+        raise DataError(f'{audio}: its offset is {offset} s; it is 0 to less than an hour')
+    duration = number_of(fields, 'duration')
+    if duration is None:
         with open_audio(audio) as file:
             duration = file.frames / file.samplerate - (offset or 0)
     if not 0 < duration < LONGEST:
         raise DataError(f'{audio}: its duration is {duration} s; '
                         'it needs more than 0 and less than an hour')
-    if offset is not None and not 0 <= offset < LONGEST:
-        raise DataError(f'{audio}: its offset is {offset} s; it is 0 to less than an hour')
     return Utterance(audio, normalise_text(fields['text']), duration, str(fields['speaker']), where,
                      offset)
 
@@ -846,8 +883,10 @@ def hold_out(utterances: Sequence[Utterance], seed: int = 0) -> HeldOut:
         groups = [u.speaker for u in utterances]
     elif len(stems) == len(set(files)):
         groups = [u.path.stem for u in utterances]  # the same choice in any form of corpus
-    else:
+    elif len(set(files)) > 1:
         groups = files  # what is said in one file stays on one side
+    else:
+        groups = [u.where for u in utterances]
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(sorted(set(groups))).tolist()
     kept = set(shuffled[:math.ceil(len(shuffled) / 10)])

@@ -916,8 +916,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--plot', metavar='FILE',
                         help='draw one clip into a .png, .svg or .pdf file; needs matplotlib')
     args = parser.parse_args(argv)
-    if args.plot and len(args.clips) != 1:
+    if args.plot is not None and len(args.clips) != 1:
         sys.exit('model.py: --plot draws one clip; name one')
+    if args.lm_text is not None and not args.beam:
+        sys.exit('model.py: --lm_text is for beam search; give --beam 16 too')
     import monitor
     with monitor.one_line_ends('model.py'):
         sys.exit(transcribe_clips(args))
@@ -940,9 +942,7 @@ def transcribe_clips(args: argparse.Namespace) -> bool:
         try:
             wave = data.read_wave(clip)
             transcript = transcribe(checkpoint, wave, decoding)
-            if args.plot:
-                plot_clip(checkpoint, wave, transcript, args.plot)
-        except (data.DataError, monitor.RunError) as error:
+        except data.DataError as error:
             data.show_status()
             print(f'model.py: {error}', file=sys.stderr)
             failed = True
@@ -952,6 +952,11 @@ def transcribe_clips(args: argparse.Namespace) -> bool:
         if args.times:
             for word in transcript.words:
                 print(f'{word.start:6.2f} {word.end:6.2f}  {word.confidence:.2f}  {word.text}')
+        if args.plot:
+            try:
+                plot_clip(checkpoint, wave, transcript, args.plot)
+            except monitor.RunError as error:
+                sys.exit(f'model.py: {error}')
     return failed
 
 

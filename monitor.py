@@ -20,6 +20,7 @@ References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani &
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -60,11 +61,11 @@ CLEAR = '\x1b[K'         # ANSI escape: erase to the end of the line
 def one_line_ends(program: str, next_step: Callable[[], str] | None = None) -> Iterator[None]:
     """End a program in one line where it is interrupted or cannot write.
 
-    next_step: what to do then, in words. Characters that the terminal lacks become question marks.
+    next_step: what to do then, in words. Characters that the terminal lacks are shown as numbers.
     """
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='replace')
+            stream.reconfigure(errors='backslashreplace')
     try:
         try:
             yield
@@ -216,15 +217,17 @@ def lines_of_lengths(outputs: int, labels: int, vocab_size: int) -> tuple[float,
     The symbols are as frequent as English letters and the space; where there are more symbols, the
     rest are as rare as the rarest. Raises ValueError where the labels do not fit the outputs.
     """
-    if not 0 < labels <= outputs or vocab_size < 2:
-        raise ValueError(f'{labels} labels of {vocab_size} symbols in {outputs} outputs: at least '
-                         'one label is needed, one output a label, one symbol besides the blank')
+    if not 0 < labels <= outputs <= 100_000 or labels > 2000 or not 2 <= vocab_size <= 10_000:
+        raise ValueError(f'{labels} labels of {vocab_size} symbols in {outputs} outputs: give 1 to '
+                         '2,000 labels, an output a label or more, up to 100,000, and 2 to 10,000 '
+                         'symbols, the blank included')
     shares = torch.tensor(ENGLISH[:vocab_size - 1])
     shares = F.pad(shares, (0, vocab_size - 1 - len(shares)), value=ENGLISH[-1])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.multinomial(shares, 50 * labels, replacement=True, generator=generator) + 1
-    targets = draws.view(50, labels).tolist()
-    lines = plateau_lines(targets, torch.full((50,), outputs), vocab_size)
+    texts = max(1, min(50, 1_000_000 // (outputs * labels)))
+    draws = torch.multinomial(shares, texts * labels, replacement=True, generator=generator) + 1
+    targets = draws.view(texts, labels).tolist()
+    lines = plateau_lines(targets, torch.full((texts,), outputs), vocab_size)
     if math.isnan(lines[0]):
         raise ValueError(f'{labels} labels with their repeats do not fit {outputs} outputs')
     return lines
@@ -621,12 +624,22 @@ def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_
     first, then symbols, normalisation and lengths, and what the outputs say only where all these
     are right: then [] means that the network has begun to learn.
     """
-    log_probs = log_probs.detach().cpu().float()
-    targets, input_lengths, target_lengths = [
-        torch.as_tensor(x).cpu() for x in (targets, input_lengths, target_lengths)]
+    try:
+        log_probs = torch.as_tensor(log_probs).detach().cpu().float()
+        targets = torch.as_tensor(targets).cpu()
+        lengths = [torch.as_tensor(x).cpu().reshape(-1) for x in (input_lengths, target_lengths)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        return [f'the arguments are no tensors ({error}); give those of F.ctc_loss']
+    if any(x.is_floating_point() for x in (targets, *lengths)):
+        return ['targets or lengths are no whole numbers; where lengths are shares of the longest, '
+                'multiply them by its number of outputs, and round']
+    input_lengths, target_lengths = lengths
     shape_fault = wrong_shape(log_probs, targets, input_lengths, target_lengths)
     if shape_fault:
         return [shape_fault]
+    if not 0 <= blank < log_probs.shape[2]:
+        return [f'blank is {blank}, and the symbols are 0 to {log_probs.shape[2] - 1}; give the '
+                'one that the head has for it']
     texts = split_targets(targets, target_lengths)
     if not any(texts):
         return ['no utterance has a label; give the transcripts']
@@ -641,7 +654,9 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
     """What is wrong with the arguments' shapes."""
     batch = target_lengths.numel()
     shape = tuple(log_probs.shape)
-    if log_probs.dim() != 3:
+    if log_probs.dim() == 2:
+        return f'log_probs has the shape {shape}, not (T, B, V); take log_probs.unsqueeze(1)'
+    if log_probs.dim() != 3 or log_probs.numel() == 0:
         return f'log_probs has the shape {shape}, not (T, B, V); give one batch of outputs'
     if shape[1] != batch:
         advice = 'see which dimension is the batch'
@@ -651,6 +666,9 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
     if input_lengths.numel() != batch:
         return (f'{input_lengths.numel()} input lengths and {batch} target lengths; give one of '
                 'each for every utterance')
+    if input_lengths.min() < 1 or target_lengths.min() < 0:
+        return (f'lengths go down to {int(input_lengths.min())} outputs and '
+                f'{int(target_lengths.min())} labels; leave empty utterances out')
     longest = int(target_lengths.max())
     in_rows = targets.dim() == 2 and targets.shape[0] == batch and targets.shape[1] >= longest
     in_line = targets.dim() == 1 and len(targets) == int(target_lengths.sum())
@@ -682,15 +700,15 @@ def check_symbols(texts: Sequence[Sequence[int]], vocab_size: int, blank: int) -
 
 def check_normalisation(log_probs: Tensor, input_lengths: Tensor) -> Iterator[str]:
     """Outputs that are no logarithms of probabilities."""
-    if log_probs.isnan().any() or log_probs.isposinf().any():
+    valid = valid_frames(log_probs.shape[0], input_lengths)            # (B, T)
+    outputs = log_probs.transpose(0, 1)[valid]                         # (N, V)
+    if outputs.isnan().any() or outputs.isposinf().any():
         yield 'log_probs holds NaN or infinity; look for the first layer whose output does'
         return
 
     def ones(totals):
         return bool((totals - 1).abs().max() < 0.02)
 
-    valid = valid_frames(log_probs.shape[0], input_lengths)            # (B, T)
-    outputs = log_probs.transpose(0, 1)[valid]                         # (N, V)
     if ones(outputs.exp().sum(1)):
         return
     if outputs.min() >= 0 and ones(outputs.sum(1)):
@@ -750,7 +768,8 @@ def check_outputs(log_probs: Tensor, texts: Sequence[Sequence[int]], input_lengt
     where = (f'the loss is {loss:.2f} nats a label, that of a uniform output {uniform:.2f}, of the '
              f'best constant one {constant:.2f}')
     shared = log_probs[:, :int(input_lengths.min())].exp()
-    if len(texts) > 1 and (shared - shared[:1]).abs().max() < 1e-4:
+    alike = len(texts) > 1 and bool((shared - shared[:1]).abs().max() < 1e-4)
+    if alike and loss > LEFT * constant:
         yield (f'every utterance gets the same outputs; {where}; see whether the sound reaches the '
                'network: inputs that are all zero, a layer that is dead or cut off')
     elif summary['dependence_share'] > IGNORED and loss > constant:
@@ -873,6 +892,8 @@ def read_run(folder: str | Path) -> Run:
             log, torn = read_log(folder / 'log.jsonl')
         if (folder / 'results.json').exists():
             results = json.loads((folder / 'results.json').read_text())
+        if not isinstance(config, dict) or not isinstance(results, dict):
+            raise TypeError('config.json or results.json is no object')
         if config and not log:
             raise RunError(f'{folder}: has no whole epoch yet; wait for the first')
         if not log and not results:
@@ -1033,7 +1054,8 @@ def save_picture(figure, path: str) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise RunError(f'--plot {path}: cannot be written ({error})') from None
+        raise RunError(f'--plot {path}: cannot be written ({error}); name a .png, .svg or .pdf '
+                       'file in a folder that exists') from None
 
 
 def logarithmic(axes) -> None:
@@ -1044,12 +1066,17 @@ def logarithmic(axes) -> None:
     axes.tick_params(axis='y', which='minor', labelsize=7)
 
 
+def short_name(run: Run) -> str:
+    """A run's name in a picture, where a dollar sign would begin a formula."""
+    return Path(run.name).name.replace('$', r'\$')
+
+
 def plot_losses(axes, runs: Sequence[Run]) -> None:
     """Training and validation losses, and the two plateau lines of the first run's data."""
-    for run, colour in zip(runs, COLOURS):
+    for run, colour in zip(runs, itertools.cycle(COLOURS)):
         epochs = [record['epoch'] for record in run.log]
         axes.plot(epochs, [record['train_loss'] for record in run.log], color=colour,
-                  label=f'{Path(run.name).name}, training')
+                  label=f'{short_name(run)}, training')
         if 'valid_loss' in run.log[0]:
             axes.plot(epochs, [record['valid_loss'] for record in run.log], '--', color=colour,
                       label='... validation')
@@ -1068,7 +1095,7 @@ def plot_phases(axes, runs: Sequence[Run]) -> None:
         for record in run.log:
             axes.barh(row, 1, left=record['epoch'] - 0.5, height=0.8,
                       color=PHASE_COLOURS[record['phase']])
-    axes.set_yticks(range(len(runs)), [Path(run.name).name for run in runs])
+    axes.set_yticks(range(len(runs)), [short_name(run) for run in runs])
     axes.set_ylim(len(runs) - 0.5, -0.5)
     for phase, colour in PHASE_COLOURS.items():
         axes.barh(0, 0, color=colour, label=phase)
@@ -1078,7 +1105,7 @@ def plot_phases(axes, runs: Sequence[Run]) -> None:
 
 def plot_error_rates(axes, runs: Sequence[Run]) -> None:
     """Validation WER by epoch."""
-    for run, colour in zip(runs, COLOURS):
+    for run, colour in zip(runs, itertools.cycle(COLOURS)):
         scored = [record for record in run.log if 'wer' in record]
         axes.plot([record['epoch'] for record in scored], [record['wer'] for record in scored],
                   color=colour)
@@ -1088,7 +1115,7 @@ def plot_error_rates(axes, runs: Sequence[Run]) -> None:
 
 def plot_gradients(axes, runs: Sequence[Run]) -> None:
     """Mean gradient norms by part of the network."""
-    for run, colour in zip(runs, COLOURS):
+    for run, colour in zip(runs, itertools.cycle(COLOURS)):
         parts = [key for key in run.log[0] if key.startswith('grad_')
                  and key not in ('grad_norm', 'grad_norm_max')]
         for part, style in zip(parts, LINE_STYLES):

@@ -518,6 +518,9 @@ def load_splits(args: argparse.Namespace, frames_per_output: int) -> data.Splits
         print(f'{len(long)} training utterances last longer than {args.max_seconds:g} s and are '
               'left out (--max_seconds):', ' '.join(u.path.name for u in long))
         splits = splits._replace(train=[u for u in splits.train if u not in long])
+        if not splits.train:
+            raise data.DataError(f'flags: --max_seconds {args.max_seconds:g} leaves no training '
+                                 'utterance; raise it')
     for split, path in paths.items():
         if not getattr(splits, split) and path != 'none':
             raise data.DataError(f'--{split}_data: no utterance of {path or paths["train"]} is '
