@@ -171,7 +171,7 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
     source = path
     if is_standard_input(path) and sys.stdin is not None:
         source = io.BytesIO(sys.stdin.buffer.read())
-    elif not Path(path).is_file():
+    elif not os.path.isfile(path):
         reason = 'is no regular file' if os.path.lexists(path) else 'no such file'
         raise DataError(f'{path}: cannot be read as audio ({reason}); correct the path')
     try:

@@ -505,7 +505,7 @@ def align(log_probs: Tensor, symbols: Sequence[int]) -> list[Emission]:
         two = F.pad(score[:-2], (2, 0), value=never)[:len(states)].masked_fill(~skips, never)
         best, step = torch.stack([score, one, two]).max(0)
         score = best + emitted[t]
-        steps.append(step.tolist())
+        steps.append(step.to(torch.uint8))
     state = len(states) - 1
     if state and score[state - 1] >= score[state]:
         state -= 1
@@ -513,7 +513,7 @@ def align(log_probs: Tensor, symbols: Sequence[int]) -> list[Emission]:
         raise ValueError(f'{len(symbols)} symbols do not fit {len(log_probs)} outputs')
     path = [state]
     for step in reversed(steps):
-        state -= step[state]
+        state -= int(step[state])
         path.append(state)
     path.reverse()
     return [Emission(symbol, path.index(2 * i + 1), len(path) - 1 - path[::-1].index(2 * i + 1))
@@ -616,7 +616,7 @@ def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
             prior[text + character] += lm_weight * language_model.log_prob(text, character)
 
     def score(text, ends):
-        return math.log(sum(ends) or 1e-300) + prior[text]
+        return math.log(sum(ends)) + prior[text]
 
     beam = {'': (1.0, 0.0)}
     for probabilities in log_probs.exp().tolist():
@@ -631,6 +631,8 @@ def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
                 if character == text[-1:]:
                     repeated = p * ends_symbol
                     begins = p * ends_blank
+                if begins == 0:
+                    continue
                 longer = text + character
                 if longer not in prior:
                     add_prior(text, character)
@@ -638,6 +640,8 @@ def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
                 grown[longer] = (after_blank, after_symbol + begins)
             after_blank, after_symbol = grown.get(text, (0.0, 0.0))
             grown[text] = (after_blank + probabilities[0] * total, after_symbol + repeated)
+        grown = {text: ends for text, ends in grown.items() if sum(ends)} or beam
+        prior = {text: prior[text] for text in grown}
         best = list(grown)
         if len(best) > width:
             scores = {text: score(text, ends) for text, ends in grown.items()}
@@ -646,8 +650,10 @@ def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
         beam = {text: (grown[text][0] / scale, grown[text][1] / scale) for text in best}
 
     def final_score(text):
-        add_prior(text, END)
-        return score(text, beam[text]) + prior[text + END] - prior[text] - label_bonus
+        ending = 0.0
+        if language_model is not None:
+            ending = lm_weight * language_model.log_prob(text, END)
+        return score(text, beam[text]) + ending
 
     return max(beam, key=final_score)
 
@@ -731,13 +737,13 @@ class Checkpoint(NamedTuple):
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """A checkpoint of train.py, from its file. Raises CheckpointError."""
     try:
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise FileNotFoundError
         checkpoint = torch.load(path, weights_only=True, map_location='cpu')
         number = checkpoint.get('format', 1) if 'config' in checkpoint else None
     except Exception as error:  # whatever a file that is no checkpoint may raise
         reason = type(error).__name__
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             reason = 'is no regular file' if os.path.lexists(path) else 'no such file'
         raise CheckpointError(f'{path}: is no checkpoint of train.py ({reason}); give the best.pt '
                               'or last.pt of a run') from None
@@ -755,10 +761,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         alphabet, run = checkpoint['alphabet'], checkpoint['run']
         language_model = CharacterModel(json.loads(checkpoint['language_model']))
         loaded = Checkpoint(network.eval(), alphabet, run, language_model)
-        describe_checkpoint(loaded)
+        describe_checkpoint(loaded)  # raises where what is known of the run is not whole
         if len(alphabet) != network.config.vocab_size or set(map(type, alphabet)) != {str}:
             raise ValueError
-        if not all(weight.isfinite().all() for weight in network.parameters()):
+        if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
             raise ValueError
         return loaded
     except Exception as error:
@@ -780,7 +786,7 @@ def decode(log_probs: Tensor, checkpoint: Checkpoint, decoding: Decoding) -> str
     """The text of one clip's outputs (T', V)."""
     alphabet = checkpoint.alphabet
     if decoding.width:
-        return beam_decode(log_probs, alphabet, checkpoint.language_model, *decoding)
+        return beam_decode(log_probs, alphabet, checkpoint.language_model, **decoding._asdict())
     path = log_probs.argmax(1).tolist()
     return ''.join(alphabet[emission.symbol] for emission in collapse(path))
 
@@ -795,8 +801,8 @@ def timed_words(text: str, log_probs: Tensor, loudness: Sequence[float], checkpo
     frames = checkpoint.network.config.frames_per_output
     emissions = align(log_probs, [checkpoint.alphabet.index(character) for character in text])
     words = split_words(emissions, checkpoint.alphabet)
-    edges = [(frames * word[0].first, min(frames * (word[-1].last + 1), len(loudness)))
-             for word in words]
+    edges = [(min(frames * word[0].first, len(loudness)),
+              min(frames * (word[-1].last + 1), len(loudness))) for word in words]
     timed = []
     for word, edge in zip(words, widen(edges, loudness)):
         begin, end = [min(max(0.0, start + t * data.FRAME_SECONDS), duration) for t in edge]
@@ -807,12 +813,18 @@ def timed_words(text: str, log_probs: Tensor, loudness: Sequence[float], checkpo
 
 
 @torch.no_grad()
-def transcribe(checkpoint: Checkpoint, wave: Tensor, decoding: Decoding = GREEDY) -> Transcript:
-    """What is heard in a wave (S,) at 16 kHz, as data.read_wave gives it."""
+def transcribe(checkpoint: Checkpoint, wave: Tensor, decoding: Decoding = GREEDY,
+               times: bool = True) -> Transcript:
+    """What is heard in a wave (S,) at 16 kHz, as data.read_wave gives it.
+
+    times: with its words, whose alignment takes memory by the square of the clip's length.
+    """
     import data  # here, so that the network can be used without
     mels, start = data.features(wave)
     log_probs, _ = checkpoint.network(mels[None, None], torch.tensor([len(mels)]))
     text = decode(log_probs[0], checkpoint, decoding)
+    if not times:
+        return Transcript(text, [])
     words = timed_words(text, log_probs[0], mels.mean(1).tolist(), checkpoint,
                         start * data.FRAME_SECONDS, len(wave) / data.SAMPLE_RATE)
     return Transcript(text, words)
@@ -941,7 +953,7 @@ def transcribe_clips(args: argparse.Namespace) -> bool:
         data.show_status(f'transcribing {number}/{len(args.clips)}: {clip}')
         try:
             wave = data.read_wave(clip)
-            transcript = transcribe(checkpoint, wave, decoding)
+            transcript = transcribe(checkpoint, wave, decoding, bool(args.times or args.plot))
         except data.DataError as error:
             data.show_status()
             print(f'model.py: {error}', file=sys.stderr)

@@ -95,7 +95,7 @@ def edit_counts(reference: Sequence, hypothesis: Sequence) -> Edits:
     """The edits of a cheapest alignment of two sequences (Levenshtein 1966).
 
     On a tie, the one with fewer substitutions, then insertions. Raises ValueError for sequences
-    of more than 50,000 symbols.
+    of 50,000 symbols or more.
     """
     # One number for all four, compared from the left: cost, substitutions, insertions, deletions.
     base = 1 + max(len(reference), len(hypothesis))
@@ -124,7 +124,7 @@ def bootstrap_interval(errors: Tensor, words: Tensor) -> list[float]:
     """
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(words), (1000, len(words)), generator=generator)
-    rates = 100 * errors[draws].sum(1) / words[draws].sum(1)
+    rates = 100 * errors[draws].sum(1) / words[draws].sum(1).clamp_min(1)
     return rates.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
@@ -286,6 +286,7 @@ class Gradients:
         if parts is None:
             parts = {name: [f'{name}.'] for name, child in network.named_children()
                      if any(True for _ in child.parameters())}
+            parts |= {name: [name] for name, _ in network.named_parameters(recurse=False)}
         self.groups = {part: [] for part in parts}
         for name, parameter in network.named_parameters():
             owners = [part for part, prefixes in parts.items() if name.startswith(tuple(prefixes))]
@@ -302,7 +303,8 @@ class Gradients:
 
     def reset(self) -> None:
         """Begin an epoch."""
-        self.norms = {part: [] for part in (*self.groups, 'norm')}  # 'norm': all parts together
+        self.norms = {part: [] for part in self.groups}
+        self.totals = []       # norms of all parts together
         self.vanished = set()  # parts
         self.exploded = set()
         self.clipped = 0
@@ -349,7 +351,7 @@ class Gradients:
         for part, norm in norms.items():
             self.norms[part].append(norm.item())
             self.compare(part, norm.item())
-        self.norms['norm'].append(total.item())
+        self.totals.append(total.item())
         if maximum and total > maximum:
             self.clipped += 1
             for group in self.groups.values():
@@ -367,7 +369,8 @@ class Gradients:
         """
         means = {f'grad_{part}': sum(norms) / max(1, len(norms))
                  for part, norms in self.norms.items()}
-        return means | {'grad_norm_max': max(self.norms['norm'], default=0),
+        return means | {'grad_norm': sum(self.totals) / max(1, len(self.totals)),
+                        'grad_norm_max': max(self.totals, default=0),
                         'nonfinite': self.nonfinite,
                         'clipped': self.clipped / max(1, self.updates),
                         'vanished': sorted(self.vanished), 'exploded': sorted(self.exploded)}
@@ -412,7 +415,7 @@ class Outputs:
         valid = valid_frames(log_probs.shape[1], lengths)                   # (B, T')
         outputs = log_probs[valid]                                          # (N, V)
         probabilities = outputs.exp()
-        entropy = -(probabilities * outputs).sum(1)                         # (N,)
+        entropy = torch.special.entr(probabilities).sum(1)                  # (N,)
         best = log_probs.argmax(2).masked_fill(~valid, 0)                   # (B, T')
         previous = F.pad(best[:, :-1], (1, 0))
         self.outputs += len(outputs)
@@ -506,8 +509,9 @@ def gradient_warnings(record: Mapping) -> Iterator[str]:
     strongest = max(norms, key=norms.get)
     for part, norm in norms.items():
         if part in record['vanished'] or norm < UNREACHED * norms[strongest]:
-            yield (f'vanishing gradient in the {part}: norm {norm:.1e}, in the {strongest} '
-                   f'{norms[strongest]:.1e}; look at the initialisation of the layers between them')
+            yield (f'vanishing gradient in the {part}: norm {norm:.1e}, the largest is '
+                   f'{norms[strongest]:.1e} in the {strongest}; look at the initialisation of what '
+                   'lies above that part')
 
 
 def diagnose(record: Mapping) -> list[str]:
@@ -522,10 +526,7 @@ def diagnose(record: Mapping) -> list[str]:
                         'outputs, and keep the blank out of the targets')
     warnings += gradient_warnings(record)
     if batch_norm_differs(record):
-        warnings.append(f"the loss of training utterances is {record['train_eval_loss']:.3f} in "
-                        f"eval mode, {record['train_loss']:.3f} in training: batch norm's running "
-                        'statistics are not those of its batches; give them a larger momentum, or '
-                        'make more updates')
+        warnings.append(batch_norm_warning(record))
     elif record['phase'] == 'uniform':
         warnings.append('uniform output: every symbol is nearly equally likely; if it lasts beyond '
                         'the first epochs, raise --learning_rate')
@@ -540,6 +541,13 @@ def batch_norm_differs(record: Mapping) -> bool:
     """Whether a network that has begun to learn does worse in eval mode on what it learns from."""
     in_training, in_eval = record['train_loss'], record['train_eval_loss']
     return record['left_constant'] is not None and in_eval > 1.5 * in_training + 0.1
+
+
+def batch_norm_warning(record: Mapping) -> str:
+    """What that means."""
+    return (f"the loss of training utterances is {record['train_eval_loss']:.3f} in eval mode, "
+            f"{record['train_loss']:.3f} in training: batch norm's running statistics are not "
+            'those of its batches; give them a larger momentum, or make more updates')
 
 
 def unrelated_lengths(correlation: float | None) -> bool:
@@ -587,7 +595,7 @@ def explain(log: Sequence[Mapping], settings: Mapping) -> Iterator[str]:
         yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
                f"CER {best['cer']:.2f} %")
     if batch_norm_differs(last):
-        step = last['warnings'][-1]
+        step = batch_norm_warning(last)
     elif last['phase'] in ('uniform', 'constant') and last['left_constant'] is not None:
         step = ('what is learnt serves the training utterances alone; more of them, and see '
                 'whether recordings and transcripts belong together')
@@ -738,12 +746,13 @@ def check_lengths(log_probs: Tensor, texts: Sequence[Sequence[int]],
                'make more outputs a second, or leave them out')
     labels = sorted(map(len, texts))
     last = log_probs[longest - 1].exp()                                # (B, V)
-    alike = int(((last - last[labels.index(labels[0])]).abs().amax(1) < 1e-3).sum())
+    shortest = texts.index(min(texts, key=len))
+    alike = int(((last - last[shortest]).abs().amax(1) < 1e-3).sum())
     same = len(texts) > 1 and bool((input_lengths == longest).all())
     if same and longest == frames and (labels[-1] > 1.5 * labels[0] or 1 < alike < len(texts)):
         yield (f'every input length is {frames}, the padded one, for {labels[0]} to {labels[-1]} '
-               f'labels (the last outputs of {alike} utterances are alike); give each clip its '
-               'own length, unless all are equally long')
+               f'labels, and {alike} of the last outputs are alike; give each clip its own '
+               'length, unless all are equally long')
 
 
 def check_outputs(log_probs: Tensor, texts: Sequence[Sequence[int]], input_lengths: Tensor,
@@ -779,7 +788,7 @@ def check_outputs(log_probs: Tensor, texts: Sequence[Sequence[int]], input_lengt
         yield (f'phase uniform: {where}; every network starts here; if it stays for hundreds of '
                'updates, raise the learning rate, or initialise the head with larger weights')
     elif phase == 'constant':
-        yield (f'phase constant: the output hardly depends on the sound ({where}); if it stays, '
+        yield (f'phase constant: the output makes no use of the sound ({where}); if it stays, '
                'see whether gradients reach the first layer and ten utterances can be learnt')
 
 
@@ -979,7 +988,7 @@ def print_spread(runs: Sequence[Run]) -> None:
         if run.rates and run.log and settings:
             key = json.dumps([settings, run.split], sort_keys=True)
             groups.setdefault(key, []).append(run)
-    if len(groups) < len(runs):
+    if any(len(group) > 1 for group in groups.values()):
         print('', table([SPREAD, *map(spread_row, groups.values())]), sep='\n')
 
 
@@ -998,7 +1007,7 @@ def paired_bootstrap(one: Run, two: Run) -> tuple[float, list[float]]:
     samples = []
     for _ in range(10_000):
         draw = torch.randint(len(words), (len(words),), generator=generator)
-        samples.append(100 * more[draw].sum() / words[draw].sum())
+        samples.append(100 * more[draw].sum() / words[draw].sum().clamp_min(1))
     interval = torch.stack(samples).quantile(torch.tensor([0.025, 0.975])).tolist()
     return (100 * more.sum() / words.sum()).item(), interval
 
@@ -1051,6 +1060,8 @@ def load_pyplot():
 
 def save_picture(figure, path: str) -> None:
     """Write a figure in the format of the path's suffix. Raises RunError."""
+    if not Path(path).suffix:
+        raise RunError(f'--plot {path}: has no suffix; name a .png, .svg or .pdf file')
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
@@ -1068,7 +1079,7 @@ def logarithmic(axes) -> None:
 
 def short_name(run: Run) -> str:
     """A run's name in a picture, where a dollar sign would begin a formula."""
-    return Path(run.name).name.replace('$', r'\$')
+    return Path(run.name).resolve().name.replace('$', r'\$')
 
 
 def plot_losses(axes, runs: Sequence[Run]) -> None:
@@ -1162,8 +1173,8 @@ def print_lines(outputs: int, labels: int, vocab_size: int) -> None:
           'near it has learnt nothing\n'
           f'of {labels} labels in {outputs} outputs, {vocab_size} symbols with the blank, as '
           'frequent as the letters of English; where the\nloss is a sum over labels, as '
-          f"reduction='sum' or 'none' give it: {uniform * labels:.1f} and "
-          f'{constant * labels:.1f} an utterance')
+          f"reduction='none' gives it: {uniform * labels:.1f} and {constant * labels:.1f} an "
+          'utterance')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1201,6 +1212,8 @@ def report(args: argparse.Namespace) -> bool:
             print_lines(*args.lines)
         if len(runs) > 1:
             print_comparison(runs)
+        elif runs and failed:
+            print_run(runs[0])
         if args.plot and runs:
             plot_runs(runs, args.plot)
     except RunError as error:
