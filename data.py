@@ -176,7 +176,7 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
         raise DataError(f'{path}: cannot be read as audio ({reason}); correct the path')
     try:
         with soundfile.SoundFile(source) as file:
-            fault = header_fault(file) or nist_fault(source, file)
+            fault = header_fault(file, first_bytes(source))
             if fault:
                 raise DataError(f'{path}: {fault}')
             yield file
@@ -186,12 +186,20 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
                         'repair, convert or remove it') from None
 
 
-def header_fault(file: soundfile.SoundFile) -> str | None:
-    """What is wrong with an audio file by its header alone, and how to fix it.
+def first_bytes(source: str | Path | io.BytesIO) -> bytes:
+    """The beginning of a file, where headers are."""
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()[:4096]
+    with open(source, 'rb') as file:
+        return file.read(4096)
 
-    A wav, aiff or au that was cut off says how long it was, in what libsndfile reports; sizes near
-    2^31 and 2^32 are those of programs that stream, and do not know. An ogg or an mp3 without a
-    length cannot be seen to have been cut off.
+
+def header_fault(file: soundfile.SoundFile, head: bytes) -> str | None:
+    """What is wrong with an audio file by its header (head: its first bytes), and how to fix it.
+
+    A wav, aiff or au that was cut off says how long it was, in what libsndfile reports, a sph in
+    its header; sizes near 2^31 and 2^32 are those of programs that stream, and do not know. An ogg
+    or an mp3 without a length cannot be seen to have been cut off.
     """
     rate = file.samplerate
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
@@ -207,19 +215,20 @@ def header_fault(file: soundfile.SoundFile) -> str | None:
         if int(found) < int(promised) < 0x7FFF0000:
             return (f'is cut off: its header says {promised} bytes, it holds {found}; get it '
                     'whole, or remove it')
-    return None
-
-
-def nist_fault(source: str | Path | io.BytesIO, file: soundfile.SoundFile) -> str | None:
-    """Whether a .sph was cut off, by its header, which libsndfile does not report."""
-    if file.format != 'NIST':
-        return None
-    header = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
-    counted = re.search(rb'sample_count -i (\d+)', header[:1024])
-    if counted and int(counted[1]) > file.frames:
+    counted = re.search(rb'sample_count -i (\d+)', head)
+    if file.format == 'NIST' and counted and int(counted[1]) > file.frames:
         return (f'is cut off: its header says {int(counted[1])} samples, it holds {file.frames}; '
                 'get it whole, or remove it')
     return None
+
+
+def length_is_a_guess(path: str | Path, file: soundfile.SoundFile) -> bool:
+    """Whether a file does not say how long it is: libsndfile guesses that of an mp3 without a
+    Xing or Info mark, from its size and its first frames."""
+    if file.format != 'MP3' or is_standard_input(path):
+        return file.format == 'MP3'
+    head = first_bytes(path)
+    return b'Xing' not in head and b'Info' not in head
 
 
 def read_audio(path: str | Path, offset: float = 0.0,
@@ -232,7 +241,9 @@ def read_audio(path: str | Path, offset: float = 0.0,
     with open_audio(path) as file:
         rate = file.samplerate
         first = round(offset * rate)
-        last = file.frames if duration is None else first + round(duration * rate)
+        last = LONGEST * HIGHEST_RATE  # until its end
+        if duration is not None:
+            last = first + round(duration * rate)
         read = 0
         while read < last:  # compressed files are read from their start: seeking is not exact
             block = file.read(min(BLOCK, last - read), dtype='float32', always_2d=True)
@@ -243,7 +254,7 @@ def read_audio(path: str | Path, offset: float = 0.0,
                                 'remove it')
             blocks.append(block.mean(1)[max(0, first - read):])
             read += len(block)
-        if read < 0.98 * min(last, file.frames):
+        if read < 0.98 * min(last, file.frames) and not length_is_a_guess(path, file):
             raise DataError(f'{path}: is cut off: its header says {file.frames / rate:.2f} s, it '
                             f'holds {read / rate:.2f}; get it whole, or remove it')
     wave = np.concatenate(blocks)

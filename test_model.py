@@ -1364,6 +1364,23 @@ def test_a_recording_cut_off_in_the_middle_is_refused(name, form, tmp_path):
     assert re.search('is cut off|cannot be read', reading_error(tmp_path / f'cut_{name}'))
 
 
+def test_a_wav_of_a_header_alone_is_named(tmp_path):
+    """What a failed conversion leaves (NeMo's issue 5468)."""
+    soundfile.write(tmp_path / 'a.wav', np.zeros(0), 16000)
+    assert 'holds no samples' in reading_error(tmp_path / 'a.wav')
+
+
+def test_channels_are_averaged(tmp_path):
+    """Where NeMo's training ended at two channels, and did not name the file (issue 2783)."""
+    soundfile.write(tmp_path / 'a.wav', np.stack([np.full(800, 0.5), np.zeros(800)], 1), 16000)
+    assert data.read_wave(tmp_path / 'a.wav').numpy() == pytest.approx(0.25, abs=1e-3)
+
+
+def test_a_recording_of_zeros_has_finite_features():
+    """Common Voice has some, and deepspeech.pytorch's loss was nan for them (issue 272)."""
+    assert data.features(torch.zeros(8000)).mels.isfinite().all()
+
+
 def test_a_wav_that_a_program_streamed_is_read(tmp_path):
     """Its sizes are 2^32 - 1, for they were not known when it began."""
     content = bytearray(write_noise(tmp_path / 'a.wav').read_bytes())
