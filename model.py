@@ -523,9 +523,6 @@ def align(log_probs: Tensor, symbols: Sequence[int]) -> list[Emission]:
 # ---- a character model, and beam search ----------------------------------------------------------
 
 END = '\n'                 # of a sentence, for the character model
-LM_WEIGHT = 0.6            # chosen on dev of AN4 and of kathleen together (results/README.md)
-LABEL_BONUS = 1.5
-BEAM_WIDTH = 16
 UNHEARD = math.exp(-9)     # probability below which a symbol is not tried
 LM_BYTES = 20_000_000      # of a character model in a checkpoint
 
@@ -595,9 +592,22 @@ class CharacterModel:
         return probability
 
 
+class Decoding(NamedTuple):
+    """How outputs become a text: greedily at width 0, else by beam search.
+
+    The weights were chosen on dev of AN4 and of kathleen together (results/README.md).
+    """
+    width: int = 0
+    lm_weight: float = 0.6
+    label_bonus: float = 1.5
+
+
+GREEDY = Decoding()
+BEAM = Decoding(width=16)
+
+
 def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
-                language_model: CharacterModel | None = None, width: int = BEAM_WIDTH,
-                lm_weight: float = LM_WEIGHT, label_bonus: float = LABEL_BONUS) -> str:
+                language_model: CharacterModel | None = None, decoding: Decoding = BEAM) -> str:
     """The text of the highest score, by prefix beam search (Hannun et al. 2014, algorithm 1).
 
     log_probs (T', V) of one clip. A text's score, in nats, is that of all its paths together
@@ -606,6 +616,7 @@ def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
     `width` best beginnings are kept, each with the probability of its paths that end in a blank and
     of those that end in its last symbol: only after a blank does the same symbol begin anew.
     """
+    width, lm_weight, label_bonus = decoding
     if language_model is None or lm_weight == 0:
         language_model, label_bonus = None, 0.0
     prior = {'': 0.0}   # of a text: what is added to the logarithm of its paths' probability
@@ -772,21 +783,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
                               'another') from None
 
 
-class Decoding(NamedTuple):
-    """How outputs become a text: greedily at width 0, else by beam search."""
-    width: int = 0
-    lm_weight: float = LM_WEIGHT
-    label_bonus: float = LABEL_BONUS
-
-
-GREEDY = Decoding()
-
-
 def decode(log_probs: Tensor, checkpoint: Checkpoint, decoding: Decoding) -> str:
     """The text of one clip's outputs (T', V)."""
     alphabet = checkpoint.alphabet
     if decoding.width:
-        return beam_decode(log_probs, alphabet, checkpoint.language_model, **decoding._asdict())
+        return beam_decode(log_probs, alphabet, checkpoint.language_model, decoding)
     path = log_probs.argmax(1).tolist()
     return ''.join(alphabet[emission.symbol] for emission in collapse(path))
 
@@ -886,9 +887,9 @@ def add_decoding_flags(add: Callable, width: int) -> None:
     """Give a parser (by its add_argument) the flags of beam search; width: of --beam unset."""
     add('--beam', type=int, default=width, metavar='WIDTH',
         help='texts kept in beam search with the character model; 0: greedy alone')
-    add('--lm_weight', type=float, default=LM_WEIGHT,
+    add('--lm_weight', type=float, default=GREEDY.lm_weight,
         help="of the character model's log-probability; 0: beam search without it")
-    add('--label_bonus', type=float, default=LABEL_BONUS,
+    add('--label_bonus', type=float, default=GREEDY.label_bonus,
         help='nats added for each character where the character model has a weight')
     add('--lm_text', metavar='FILE',
         help='count the characters of this text, a sentence a line; unset: of the training '

@@ -468,25 +468,28 @@ def name_phase(record: Mapping, constant: float, before: Mapping | None = None) 
     learning   it does, to some use
     learnt     ... and the loss, below a tenth of the constant line, falls by less than 5 %
     """
-    split = 'valid' if 'valid_loss' in record else 'train'
-    entropy = record.get('valid_entropy', record['entropy'])
-    dependence = record.get('valid_dependence_share', record['dependence_share'])
-    loss = record[f'{split}_loss']
+    loss, entropy, dependence = judged_by(record)
     if dependence < IGNORED and entropy > UNIFORM_ENTROPY:
         return 'uniform'
     if dependence < IGNORED or loss > LEFT * constant:
         return 'constant'
-    if before is None or loss > LEARNT * constant or loss < 0.95 * before[f'{split}_loss']:
+    if before is None or loss > LEARNT * constant or loss < 0.95 * judged_by(before)[0]:
         return 'learning'
     return 'learnt'
+
+
+def judged_by(record: Mapping) -> tuple[float, float, float]:
+    """Loss, entropy and input dependence, by validation where there is some."""
+    return (record.get('valid_loss', record['train_loss']),
+            record.get('valid_entropy', record['entropy']),
+            record.get('valid_dependence_share', record['dependence_share']))
 
 
 def phase_evidence(record: Mapping) -> str:
     """The figures that name_phase went by, in words."""
     split = 'validation' if 'valid_loss' in record else 'training'
     way = record.get('valid_way', record['train_way'])
-    entropy = record.get('valid_entropy', record['entropy'])
-    dependence = record.get('valid_dependence_share', record['dependence_share'])
+    _, entropy, dependence = judged_by(record)
     words = (f'the {split} loss has come {way:.0%} of the way from the uniform to the constant '
              f'line, the entropy is {entropy:.0%} of the largest, the output depends on the sound '
              f'{dependence:.0%} as much as one output a label would show')
@@ -497,6 +500,12 @@ def phase_evidence(record: Mapping) -> str:
 
 # ---- what is wrong -------------------------------------------------------------------------------
 
+def part_norms(record: Mapping) -> dict[str, float]:
+    """{part: mean gradient norm} of an epoch."""
+    return {key.removeprefix('grad_'): norm for key, norm in record.items()
+            if key.startswith('grad_') and key not in ('grad_norm', 'grad_norm_max')}
+
+
 def gradient_warnings(record: Mapping) -> Iterator[str]:
     """What is wrong with an epoch's gradients, by part."""
     for part in record['exploded']:
@@ -504,8 +513,7 @@ def gradient_warnings(record: Mapping) -> Iterator[str]:
                f'{EXPLODED} times that of the first {EARLY} updates; lower --learning_rate')
     if record['phase'] not in ('uniform', 'constant'):
         return  # what has been learnt needs no gradient any more
-    norms = {key.removeprefix('grad_'): norm for key, norm in record.items()
-             if key.startswith('grad_') and key not in ('grad_norm', 'grad_norm_max')}
+    norms = part_norms(record)
     strongest = max(norms, key=norms.get)
     for part, norm in norms.items():
         if part in record['vanished'] or norm < UNREACHED * norms[strongest]:
@@ -1127,12 +1135,10 @@ def plot_error_rates(axes, runs: Sequence[Run]) -> None:
 def plot_gradients(axes, runs: Sequence[Run]) -> None:
     """Mean gradient norms by part of the network."""
     for run, colour in zip(runs, itertools.cycle(COLOURS)):
-        parts = [key for key in run.log[0] if key.startswith('grad_')
-                 and key not in ('grad_norm', 'grad_norm_max')]
-        for part, style in zip(parts, LINE_STYLES):
+        for part, style in zip(part_norms(run.log[0]), itertools.cycle(LINE_STYLES)):
             axes.plot([record['epoch'] for record in run.log],
-                      [max(record[part], 1e-9) for record in run.log], style, color=colour,
-                      label=part.removeprefix('grad_') if run is runs[0] else None)
+                      [max(part_norms(record)[part], 1e-9) for record in run.log], style,
+                      color=colour, label=part if run is runs[0] else None)
     logarithmic(axes)
     axes.set_ylabel('gradient norm (nats per label)')
     axes.legend()

@@ -246,7 +246,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_optimisation_flags(parser.add_argument_group('optimisation').add_argument)
     add_model_flags(parser.add_argument_group('model').add_argument)
     model.add_decoding_flags(parser.add_argument_group('decoding').add_argument,
-                             width=model.BEAM_WIDTH)
+                             width=model.BEAM.width)
     add_run_flags(parser.add_argument_group('run').add_argument)
     defaults = asdict(model.Config(vocab_size=1)) | vars(parser.parse_args([]))
     parser.epilog = fixes_table(defaults)
@@ -470,7 +470,7 @@ def beam_search(alphabet: Sequence[str], language_model: model.CharacterModel,
     if decoding.width == 0:
         return None
     return functools.partial(model.beam_decode, alphabet=alphabet, language_model=language_model,
-                             **decoding._asdict())
+                             decoding=decoding)
 
 
 # ---- data and network of a run -------------------------------------------------------------------
