@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 UNIFORM_ENTROPY = 0.95   # of ln V, a batch's mean entropy: above, the batch counts as uniform
 IGNORED = 0.05           # share of a healthy input dependence: below, the sound is ignored
-LEARNT = 0.1             # of the constant line: a validation loss below that is learnt
+LEARNT = 0.1             # of the constant line: a validation loss below that is learnt,
+FALLING = 0.01           # where it falls by less than this share of the line in an epoch
 LEFT = 0.9               # of the constant line: batches' own lines differ by less than a tenth
 EARLY = 50               # updates whose median gradient is what the later ones are held against
 STREAK = 20              # updates in a row that make a vanished gradient, and a mean of the loss
@@ -466,14 +467,16 @@ def name_phase(record: Mapping, constant: float, before: Mapping | None = None) 
     constant   the output does not depend on the sound, as in blank collapse, or to no use: the
                loss is not a tenth below that of the best output that ignores the sound
     learning   it does, to some use
-    learnt     ... and the loss, below a tenth of the constant line, falls by less than 5 %
+    learnt     ... and the loss, below a tenth of the constant line, falls by less than a hundredth
+               of that line
     """
     loss, entropy, dependence = judged_by(record)
     if dependence < IGNORED and entropy > UNIFORM_ENTROPY:
         return 'uniform'
     if dependence < IGNORED or loss > LEFT * constant:
         return 'constant'
-    if before is None or loss > LEARNT * constant or loss < 0.95 * judged_by(before)[0]:
+    falls = before is None or loss < judged_by(before)[0] - FALLING * constant
+    if falls or loss > LEARNT * constant:
         return 'learning'
     return 'learnt'
 
