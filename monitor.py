@@ -1084,6 +1084,7 @@ def logarithmic(axes) -> None:
     """A logarithmic axis whose ticks are plain numbers."""
     axes.set_yscale('log')
     axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.get_minor_locator().set_params(subs=(2, 5))
     axes.yaxis.set_minor_formatter('{x:g}')
     axes.tick_params(axis='y', which='minor', labelsize=7)
 
