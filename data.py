@@ -674,8 +674,13 @@ def table_rows(path: Path) -> Rows:
     csv.field_size_limit(2 ** 31 - 1)
     table = csv.DictReader(readable_lines(path), **form)
     read = 1  # lines
+    try:
+        names = set(table.fieldnames or ())
+    except csv.Error as error:
+        raise DataError(f'{path}:1: is no header of a table ({error}); correct its '
+                        'quotes') from None
     for field in 'audio', 'text':
-        if not set(FIELDS[field]) & set(table.fieldnames or ()):
+        if not set(FIELDS[field]) & names:
             raise DataError(f'{path}:1: no column of the header is named '
                             f'{" or ".join(FIELDS[field])}; rename one')
     while True:

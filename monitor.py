@@ -191,7 +191,7 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
         distribution[0] = blank
         return losses(distribution, chosen).mean().item()
 
-    few = possible[::max(1, len(possible) // 50)]  # their best share is nearly that of all
+    few = possible[::max(1, len(possible) // 25)]  # their best share is nearly that of all
     # The loss falls with the blank's share and rises again, so each step leaves a third away.
     low, high = 0.0, 1.0
     while high - low > 0.02:

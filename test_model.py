@@ -1556,6 +1556,32 @@ def test_text_that_a_terminal_cannot_show_ends_nothing(module, flags, tmp_path, 
     assert rb'\u0633' in terminal.buffer.getvalue()
 
 
+@pytest.mark.parametrize('error,words', [
+    (KeyboardInterrupt(), ': stopped'),
+    (OSError(28, 'No space left on device', 'out'), "No space left on device: 'out'; put that"),
+])
+@pytest.mark.parametrize('module,work', [(model, 'transcribe_clips'), (data, 'say_or_inspect'),
+                                         (monitor, 'report')])
+def test_ctrl_c_and_a_full_disk_end_every_program_in_a_line(module, work, error, words,
+                                                            monkeypatch):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(module, work, fail)
+    message = exit_code(module.main, 'a')
+    assert message.startswith(f'{module.__name__}.py: ')
+    assert words in message
+    assert '\n' not in message
+
+
+@pytest.mark.parametrize('module,argument', [(data, '--help'), (monitor, '--lines 250 12 28')])
+def test_a_closed_pipe_ends_a_program_without_a_traceback(module, argument):
+    command = f'{shlex.join([sys.executable, module.__file__])} {argument} | true'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert 'Traceback' not in done.stderr
+    assert 'Exception ignored' not in done.stderr
+
+
 def test_long_training_utterances_are_left_out_by_name(tmp_path, capsys):
     for i, seconds in enumerate([1, 3, 1]):
         write_noise(tmp_path / f'{i}.wav', seconds)
@@ -1642,6 +1668,7 @@ def test_fuzzed_recordings_give_a_transcript_or_a_line(by_heart, tmp_path):
                  for suffix in ('wav', 'flac', 'ogg', 'mp3', 'aiff', 'au', 'caf')]
     path = tmp_path / 'fuzzed.wav'
     read = 0
+    memory = train.peak_memory()
     for i in range(FUZZED):
         path.write_bytes(mutated(originals[i % len(originals)], rng))
         start = time.perf_counter()
@@ -1652,6 +1679,7 @@ def test_fuzzed_recordings_give_a_transcript_or_a_line(by_heart, tmp_path):
             read += 1
         assert time.perf_counter() - start < 5
     assert read > FUZZED / 4
+    assert train.peak_memory() < memory + 1000  # MB
 
 
 def test_fuzzed_manifests_are_read_or_named_row_by_row(tmp_path):
@@ -1673,8 +1701,8 @@ def test_fuzzed_manifests_are_read_or_named_row_by_row(tmp_path):
             utterances, faults = data.read_corpus(tmp_path / name)
             data.check_recordings(utterances, {})
             lines = [line for line in content.split(b'\n') if line.strip()]
-            if name == 'm.jsonl':
-                assert len(utterances) + len(faults) >= len(lines)
+            if name != 'm.csv':  # where a row may have lines
+                assert len(utterances) + len(faults) >= len(lines) - (name == 'm.tsv')
             for fault in faults.values():
                 assert '\n' not in fault
         assert time.perf_counter() - start < 5
@@ -1871,6 +1899,40 @@ def test_error_rates_by_hand():
     assert rates['deletions'] == 1
     assert rates['words'] == 4
     assert rates['utterances'] == 2
+
+
+def test_error_rates_of_a_long_row_take_seconds():
+    """14,000 characters, of which every tenth is heard as another."""
+    said = 'the quick brown fox jumps over the lazy dog ' * 318
+    heard = ''.join('x' if i % 10 == 0 else character for i, character in enumerate(said))
+    start = time.perf_counter()
+    edits = monitor.edit_counts(said, heard)
+    assert time.perf_counter() - start < 5
+    assert edits.cost == sum(a != b for a, b in zip(said, heard))
+
+
+@slow
+def test_plateau_lines_of_long_utterances_take_seconds():
+    """500 of 12.7 s, 50 outputs a second; the constant line of 40 as when all shares are tried."""
+    letters = torch.Generator().manual_seed(0)
+    targets = [torch.randint(1, 28, (150 + i % 40,), generator=letters).tolist()
+               for i in range(500)]
+    lengths = torch.full((500,), 635)
+    start = time.perf_counter()
+    monitor.plateau_lines(targets, lengths, 28)
+    print(f'{time.perf_counter() - start:.1f} s')
+    assert time.perf_counter() - start < 6
+    targets, lengths = targets[:40], lengths[:40]
+    target_lengths = torch.tensor([len(target) for target in targets])
+    line = torch.tensor(sum(targets, []))
+    letter_shares = torch.bincount(line, minlength=28) / len(line)
+    losses = []
+    for blank in torch.arange(50) / 50:
+        log_probs = (letter_shares * (1 - blank)).clamp_min(1e-30).log()
+        log_probs[0] = blank.clamp_min(1e-30).log()
+        losses.append(F.ctc_loss(log_probs.expand(635, 40, 28), line, lengths, target_lengths))
+    _, constant = monitor.plateau_lines(targets, lengths, 28)
+    assert constant == pytest.approx(min(losses).item(), rel=0.01)
 
 
 # ---- monitor: plateau lines ----------------------------------------------------------------------
