@@ -186,7 +186,7 @@ def add_data_flags(add: Callable) -> None:
 
 def add_optimisation_flags(add: Callable) -> None:
     positive, amount = number(int, 1), number(float, 0)
-    add('--epochs', type=positive, default=8, help='passes over the training data')
+    add('--epochs', type=positive, default=7, help='passes over the training data')
     add('--batch_size', type=number(int, 1, 4096), default=8, help='utterances an update')
     add('--learning_rate', type=amount, default=3e-4, help='OneCycle climbs to ten times this')
     add('--schedule', choices=('onecycle', 'constant'), default='onecycle',
