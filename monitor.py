@@ -163,10 +163,10 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
 
     targets: symbols by utterance; lengths: outputs by utterance, (N,). Both lines come from
     F.ctc_loss itself; the second is the best over the blank's share, the rest by letter frequency
-    (letter shares that are free gain less than 2 % more). Up to 500 utterances count, those that
-    have labels and outputs enough; nan where none has.
+    (letter shares that are free gain less than 2 % more). Up to 500 utterances count, fewer where
+    they are long, those that have labels and outputs enough; nan where none has.
     """
-    step = max(1, math.ceil(len(targets) / 500))
+    step = max(1, math.ceil(len(targets) / 500), math.ceil(int(lengths.sum()) / 200_000))
     targets, lengths = targets[::step], lengths[::step]
     letters = Counter(symbol for target in targets for symbol in target)
     frequency = torch.tensor([letters[symbol] for symbol in range(vocab_size)], dtype=torch.float64)
@@ -191,7 +191,7 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
         distribution[0] = blank
         return losses(distribution, chosen).mean().item()
 
-    few = possible[::max(1, len(possible) // 25)]  # their best share is nearly that of all
+    few = possible[::max(1, len(possible) // 16)]  # their best share is nearly that of all
     # The loss falls with the blank's share and rises again, so each step leaves a third away.
     low, high = 0.0, 1.0
     while high - low > 0.02:

@@ -1921,7 +1921,7 @@ def test_plateau_lines_of_long_utterances_take_seconds():
     start = time.perf_counter()
     monitor.plateau_lines(targets, lengths, 28)
     print(f'{time.perf_counter() - start:.1f} s')
-    assert time.perf_counter() - start < 6
+    assert time.perf_counter() - start < 3
     targets, lengths = targets[:40], lengths[:40]
     target_lengths = torch.tensor([len(target) for target in targets])
     line = torch.tensor(sum(targets, []))
