@@ -264,12 +264,9 @@ def read_audio(path: str | Path, offset: float = 0.0,
     return torch.from_numpy(wave), rate
 
 
-def read_wave(path: str | Path, offset: float = 0.0, duration: float | None = None) -> Tensor:
-    """Any file that libsndfile reads, or a part of it in seconds -> wave (S,) at 16 kHz.
-
-    Raises DataError.
-    """
-    return resample(*read_audio(path, offset, duration), SAMPLE_RATE)
+def read_wave(path: str | Path) -> Tensor:
+    """Any file that libsndfile reads -> wave (S,) at 16 kHz. Raises DataError."""
+    return resample(*read_audio(path), SAMPLE_RATE)
 
 
 def mel_filters() -> Tensor:

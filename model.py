@@ -606,6 +606,32 @@ GREEDY = Decoding()
 BEAM = Decoding(width=16)
 
 
+def grow(beam: Mapping[str, tuple[float, float]], probabilities: Sequence[float],
+         alphabet: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The texts that those of a beam become with one output more, the same ones included.
+
+    Each has the probability of its paths that end in a blank and of those that end in its last
+    symbol: only after a blank does the same symbol begin anew.
+    """
+    heard = [(alphabet[symbol], p) for symbol, p in enumerate(probabilities)
+             if symbol and p > UNHEARD]
+    grown = {}
+    for text, (ends_blank, ends_symbol) in beam.items():
+        total = ends_blank + ends_symbol
+        repeated = 0.0
+        for character, p in heard:
+            begins = p * total
+            if character == text[-1:]:
+                repeated = p * ends_symbol
+                begins = p * ends_blank
+            longer = text + character
+            after_blank, after_symbol = grown.get(longer, (0.0, 0.0))
+            grown[longer] = (after_blank, after_symbol + begins)
+        after_blank, after_symbol = grown.get(text, (0.0, 0.0))
+        grown[text] = (after_blank + probabilities[0] * total, after_symbol + repeated)
+    return {text: ends for text, ends in grown.items() if sum(ends)} or dict(beam)
+
+
 def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
                 language_model: CharacterModel | None = None, decoding: Decoding = BEAM) -> str:
     """The text of the highest score, by prefix beam search (Hannun et al. 2014, algorithm 1).
@@ -613,60 +639,32 @@ def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
     log_probs (T', V) of one clip. A text's score, in nats, is that of all its paths together
     + lm_weight * the character model's + label_bonus * its length, for a language model likes short
     texts; without a model, or at weight 0, it is that of the paths alone. After each output the
-    `width` best beginnings are kept, each with the probability of its paths that end in a blank and
-    of those that end in its last symbol: only after a blank does the same symbol begin anew.
+    `width` best beginnings are kept.
     """
     width, lm_weight, label_bonus = decoding
-    if language_model is None or lm_weight == 0:
-        language_model, label_bonus = None, 0.0
-    prior = {'': 0.0}   # of a text: what is added to the logarithm of its paths' probability
+    weighs = language_model is not None and lm_weight != 0
+    bonus = label_bonus if weighs else 0.0
 
-    def add_prior(text, character):
-        prior[text + character] = prior[text] + label_bonus
-        if language_model is not None:
-            prior[text + character] += lm_weight * language_model.log_prob(text, character)
+    def gain(text, character):
+        return lm_weight * language_model.log_prob(text, character) if weighs else 0.0
 
-    def score(text, ends):
-        return math.log(sum(ends)) + prior[text]
+    def score(text):
+        return math.log(sum(beam[text])) + prior[text]
 
     beam = {'': (1.0, 0.0)}
+    prior = {'': 0.0}   # of a text: what is added to the logarithm of its paths' probability
     for probabilities in log_probs.exp().tolist():
-        heard = [(alphabet[symbol], p) for symbol, p in enumerate(probabilities)
-                 if symbol and p > UNHEARD]
-        grown = {}
-        for text, (ends_blank, ends_symbol) in beam.items():
-            total = ends_blank + ends_symbol
-            repeated = 0.0
-            for character, p in heard:
-                begins = p * total
-                if character == text[-1:]:
-                    repeated = p * ends_symbol
-                    begins = p * ends_blank
-                if begins == 0:
-                    continue
-                longer = text + character
-                if longer not in prior:
-                    add_prior(text, character)
-                after_blank, after_symbol = grown.get(longer, (0.0, 0.0))
-                grown[longer] = (after_blank, after_symbol + begins)
-            after_blank, after_symbol = grown.get(text, (0.0, 0.0))
-            grown[text] = (after_blank + probabilities[0] * total, after_symbol + repeated)
-        grown = {text: ends for text, ends in grown.items() if sum(ends)} or beam
-        prior = {text: prior[text] for text in grown}
-        best = list(grown)
+        beam = grow(beam, probabilities, alphabet)
+        for text in beam:
+            if text not in prior:
+                prior[text] = prior[text[:-1]] + bonus + gain(text[:-1], text[-1])
+        best = list(beam)
         if len(best) > width:
-            scores = {text: score(text, ends) for text, ends in grown.items()}
-            best = sorted(scores, key=scores.get, reverse=True)[:width]
-        scale = max(sum(grown[text]) for text in best)  # or they would fade to zero
-        beam = {text: (grown[text][0] / scale, grown[text][1] / scale) for text in best}
-
-    def final_score(text):
-        ending = 0.0
-        if language_model is not None:
-            ending = lm_weight * language_model.log_prob(text, END)
-        return score(text, beam[text]) + ending
-
-    return max(beam, key=final_score)
+            best = sorted(best, key=score, reverse=True)[:width]
+        prior = {text: prior[text] for text in best}
+        scale = max(sum(beam[text]) for text in best)  # or they would fade to zero
+        beam = {text: (beam[text][0] / scale, beam[text][1] / scale) for text in best}
+    return max(beam, key=lambda text: score(text) + gain(text, END))
 
 
 # ---- words and their times -----------------------------------------------------------------------
@@ -768,7 +766,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         with torch.device('meta'):  # shapes alone, to compare before memory is taken
             network = Recogniser(Config(**checkpoint['config']))
         network.load_state_dict(checkpoint['model'], assign=True)
-        network.requires_grad_(True).to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)
         alphabet, run = checkpoint['alphabet'], checkpoint['run']
         language_model = CharacterModel(json.loads(checkpoint['language_model']))
         loaded = Checkpoint(network.eval(), alphabet, run, language_model)
@@ -813,25 +811,38 @@ def timed_words(text: str, log_probs: Tensor, loudness: Sequence[float], checkpo
     return timed
 
 
+class Heard(NamedTuple):
+    """A clip's features and what the network says of them."""
+    mels: Tensor       # (T, 80)
+    start: float       # of the first frame in the clip, seconds
+    log_probs: Tensor  # (T', V)
+
+
 @torch.no_grad()
+def listen(network: Recogniser, wave: Tensor) -> Heard:
+    """A wave (S,) at 16 kHz through a recogniser in eval mode."""
+    import data  # here, so that the network can be used without
+    mels, start = data.features(wave)
+    log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
+    return Heard(mels, start * data.FRAME_SECONDS, log_probs[0])
+
+
 def transcribe(checkpoint: Checkpoint, wave: Tensor, decoding: Decoding = GREEDY,
                times: bool = True) -> Transcript:
     """What is heard in a wave (S,) at 16 kHz, as data.read_wave gives it.
 
     times: with its words, whose alignment takes memory by the square of the clip's length.
     """
-    import data  # here, so that the network can be used without
-    mels, start = data.features(wave)
-    log_probs, _ = checkpoint.network(mels[None, None], torch.tensor([len(mels)]))
-    text = decode(log_probs[0], checkpoint, decoding)
+    import data
+    mels, start, log_probs = listen(checkpoint.network, wave)
+    text = decode(log_probs, checkpoint, decoding)
     if not times:
         return Transcript(text, [])
-    words = timed_words(text, log_probs[0], mels.mean(1).tolist(), checkpoint,
-                        start * data.FRAME_SECONDS, len(wave) / data.SAMPLE_RATE)
+    words = timed_words(text, log_probs, mels.mean(1).tolist(), checkpoint, start,
+                        len(wave) / data.SAMPLE_RATE)
     return Transcript(text, words)
 
 
-@torch.no_grad()
 def plot_clip(checkpoint: Checkpoint, wave: Tensor, transcript: Transcript, path: str) -> None:
     """Draw a clip's log-mels and words, and the outputs' probabilities, over time.
 
@@ -841,10 +852,8 @@ def plot_clip(checkpoint: Checkpoint, wave: Tensor, transcript: Transcript, path
     import monitor
     pyplot = monitor.load_pyplot()
     network, alphabet = checkpoint.network, checkpoint.alphabet
-    mels, start = data.features(wave)
-    log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
-    probabilities = log_probs[0].exp()                                            # (T', V)
-    begin = start * data.FRAME_SECONDS
+    mels, begin, log_probs = listen(network, wave)
+    probabilities = log_probs.exp()                                               # (T', V)
     end = begin + len(mels) * data.FRAME_SECONDS
     output_seconds = network.config.frames_per_output * data.FRAME_SECONDS
     times = begin + output_seconds * (torch.arange(len(probabilities)) + 0.5)

@@ -513,11 +513,12 @@ def load_splits(args: argparse.Namespace, frames_per_output: int) -> data.Splits
     splits = data.read_splits(paths['train'], paths['valid'], paths['test'], args.seed,
                               frames_per_output, math.inf if args.skip_bad else CHECK_UP_TO)
     leave_out(splits.faults, args.skip_bad)
-    long = [u for u in splits.train if u.duration > (args.max_seconds or math.inf)]
+    limit = args.max_seconds or math.inf
+    long = [u for u in splits.train if u.duration > limit]
     if long:
         print(f'{len(long)} training utterances last longer than {args.max_seconds:g} s and are '
               'left out (--max_seconds):', ' '.join(u.path.name for u in long))
-        splits = splits._replace(train=[u for u in splits.train if u not in long])
+        splits = splits._replace(train=[u for u in splits.train if u.duration <= limit])
         if not splits.train:
             raise data.DataError(f'flags: --max_seconds {args.max_seconds:g} leaves no training '
                                  'utterance; raise it')
@@ -618,6 +619,11 @@ class Task:
         if self.args.lm_text:
             texts = data.read_text(self.args.lm_text, self.alphabet)
         return model.CharacterModel.of_texts(texts).pruned()
+
+    @functools.cached_property
+    def language_model_text(self) -> str:
+        """The same as a checkpoint holds it: one text for all of a run's, up to 20 MB."""
+        return json.dumps(self.language_model.counts)
 
     def evaluate(self, utterances: Sequence[data.Utterance],
                  beam: Callable[[Tensor], str] | None = None) -> Evaluation:
@@ -809,7 +815,7 @@ def make_checkpoint(task: Task, epoch: int, rates: dict | None) -> dict:
                for name, tensor in task.network.state_dict().items()}
     return {'format': model.FORMAT, 'config': asdict(task.network.config),
             'alphabet': task.alphabet, 'model': weights, 'run': run,
-            'language_model': json.dumps(task.language_model.counts)}
+            'language_model': task.language_model_text}
 
 
 def save_plain_files(folder: Path, state: RunState, best_too: bool) -> None:
@@ -1020,7 +1026,6 @@ def save_sentences(path: Path, utterances: Sequence[data.Utterance],
 
 def score(task: Task, folder: Path, split: str) -> Evaluation:
     """Score a split, greedily and by beam search, and write what was said and heard."""
-
     utterances = getattr(task.splits, split)
     beam = beam_search(task.alphabet, task.language_model, task.args)
     evaluation = task.evaluate(utterances, beam)
