@@ -1194,6 +1194,9 @@ def train_task(args: argparse.Namespace, rank: int, ranks: int,
     describe_task(task)
     folder = open_run(task, held)
     state = fit(task, folder)
+    if ranks > 1:
+        # A thread of gloo still drops what the last epoch gathered, and aborts where Python ends.
+        torch.distributed.barrier()
     return None if rank else finish(task, folder, state)
 
 
