@@ -48,8 +48,8 @@ N_FFT = 512                          # bins of 31.25 Hz
 N_MELS = 80
 LOG_FLOOR = 1e-10                    # power: the rounding of 16 bits gives more
 CLICK = 3.2                          # nats above the voice, mean over the bands: 14 dB
-QUIET = 8.0                          # nats below the voice, in power: 35 dB
-MARGIN = 20                          # frames kept before and behind speech
+SPEECH_RANGE = 8.0                   # nats below the voice, in power: 35 dB
+MARGIN = 20                          # frames kept before and after speech
 LOWEST_RATE, HIGHEST_RATE = 4000, 384_000  # samples a second
 LONGEST = 3600                       # seconds
 BLOCK = 1 << 20                      # samples read at once, of all channels
@@ -88,8 +88,7 @@ class Utterance:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file that stands at `path` only once all of it is written; what was there stays till
-    then.
+    """Write a file atomically: what is at `path` is replaced once everything has been written.
 
     Raises OSError.
     """
@@ -112,9 +111,8 @@ def save_wave(wave: np.ndarray, path: str | Path) -> None:
     """Write a wave (S,) at 16 kHz in the format of the path's suffix. Raises DataError,
     OSError."""
     buffer = io.BytesIO()
-    buffer.name = Path(path).name  # tells soundfile the format
     try:
-        soundfile.write(buffer, wave, SAMPLE_RATE)
+        soundfile.write(buffer, wave, SAMPLE_RATE, format=Path(path).suffix[1:])
     except (soundfile.LibsndfileError, TypeError, ValueError):
         raise DataError(f'{path}: its suffix names no audio format that can be written; '
                         'use .wav or .flac') from None
@@ -123,7 +121,7 @@ def save_wave(wave: np.ndarray, path: str | Path) -> None:
 
 
 def show_status(text: str = '') -> None:
-    """A live line on a terminal, and nothing elsewhere; '' clears it."""
+    """Overwrite the status line where standard error is a terminal; '' clears it."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f'\r{text}\x1b[K', end='', file=sys.stderr, flush=True)
 
@@ -151,8 +149,8 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
         return wave
     divisor = math.gcd(rate, new_rate)
     up, down = new_rate // divisor, rate // divisor
-    # Whole blocks keep the ratio exact, 32 at a time the transform fast; the zeros keep the end off
-    # the beginning.
+    # Whole blocks keep the ratio exact, 32 at a time the transform fast; the zeros keep the end
+    # from wrapping round to the start.
     blocks = math.ceil((len(wave) + 512) / down / 32) * 32
     spectrum = torch.fft.rfft(wave, n=blocks * down)
     resampled = torch.fft.irfft(spectrum, n=blocks * up)
@@ -169,10 +167,10 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
     """A file that libsndfile reads, its header seen to be sane before a sample is. Raises
     DataError."""
     source = path
-    if is_standard_input(path) and sys.stdin is not None:
+    if is_standard_input(path):
         source = io.BytesIO(sys.stdin.buffer.read())
     elif not os.path.isfile(path):
-        reason = 'is no regular file' if os.path.lexists(path) else 'no such file'
+        reason = 'is not a regular file' if os.path.lexists(path) else 'no such file'
         raise DataError(f'{path}: cannot be read as audio ({reason}); correct the path')
     try:
         with soundfile.SoundFile(source) as file:
@@ -208,8 +206,8 @@ def header_fault(file: soundfile.SoundFile, head: bytes) -> str | None:
     if file.frames > 2 ** 62:
         return 'its header does not say how long it is, as of a stream; convert it'
     if file.frames > LONGEST * min(rate, 48000):
-        return (f'it lasts {file.frames / rate / 3600:.1f} hours at {rate} Hz; cut it into pieces '
-                'of less than an hour')
+        return (f'it lasts {file.frames / rate / 3600:.1f} hours at {rate} Hz; the limit is an '
+                'hour at 48 kHz: cut it into pieces')
     for promised, found in re.findall(r'(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)',
                                       file.extra_info):
         if int(found) < int(promised) < 0x7FFF0000:
@@ -225,9 +223,9 @@ def header_fault(file: soundfile.SoundFile, head: bytes) -> str | None:
 def length_is_a_guess(path: str | Path, file: soundfile.SoundFile) -> bool:
     """Whether a file does not say how long it is: libsndfile guesses that of an mp3 without a
     Xing or Info mark, from its size and its first frames."""
-    if file.format != 'MP3' or is_standard_input(path):
-        return file.format == 'MP3'
-    head = first_bytes(path)
+    if file.format != 'MP3':
+        return False
+    head = b'' if is_standard_input(path) else first_bytes(path)
     return b'Xing' not in head and b'Info' not in head
 
 
@@ -245,11 +243,13 @@ def read_audio(path: str | Path, offset: float = 0.0,
         if duration is not None:
             last = first + round(duration * rate)
         read = 0
-        while read < last:  # compressed files are read from their start: seeking is not exact
+        if file.format == 'WAV':  # elsewhere seeking is not exact
+            read = file.seek(min(first, file.frames))
+        while read < last:
             block = file.read(min(BLOCK, last - read), dtype='float32', always_2d=True)
             if not len(block):
                 break
-            if not np.abs(block).max() < 1e6:  # also where one is no number
+            if not np.abs(block).max() < 1e6:  # also where one is not a number
                 raise DataError(f'{path}: some samples are not finite or out of all bounds; '
                                 'remove it')
             blocks.append(block.mean(1)[max(0, first - read):])
@@ -307,24 +307,25 @@ def log_mels(wave: Tensor) -> Tensor:
 
 
 def moving_median(level: Tensor) -> Tensor:
-    """The median over 70 ms around each frame of level (T,): what is shorter than 40 ms is left
-    out."""
+    """The median over 70 ms around each frame of level (T,), which removes what is shorter than
+    40 ms."""
     padded = F.pad(level, (3, 3), value=level.min().item())
     return padded.unfold(0, 7, 1).median(1).values
 
 
 def voice_level(steady: Tensor) -> Tensor:
-    """How loud the voice is, of steady levels (T,): what the loudest 0.2 s reach.
+    """How loud the voice is, of steady levels (T,): the level that the loudest 0.2 s reach.
 
-    Less of a short clip. Not the maximum: a slammed door would set it.
+    In a short clip, that a quarter of its loud frames reach. Not the maximum, which a slammed door
+    would set.
     """
     loudest = steady.sort(descending=True).values
-    loud = int((loudest >= loudest[0] - 7).sum())
+    loud = int((loudest >= loudest[0] - 7).sum())  # within 7 nats of the loudest
     return loudest[min(20, loud // 4)]
 
 
 def repair_clicks(mels: Tensor) -> Tensor:
-    """Draw straight lines over the frames of (T, 80) that are far louder than the voice."""
+    """Replace frames of (T, 80) far louder than the voice by interpolating between others."""
     level = mels.mean(1)
     loud = level > voice_level(moving_median(level)) + CLICK
     loud = F.max_pool1d(loud.float()[None], 3, stride=1, padding=1)[0] > 0  # and its neighbours
@@ -333,9 +334,9 @@ def repair_clicks(mels: Tensor) -> Tensor:
         return mels
     t = torch.arange(len(mels))
     before = good[(torch.searchsorted(good, t, right=True) - 1).clamp(min=0)]
-    behind = good[torch.searchsorted(good, t).clamp(max=len(good) - 1)]
-    share = ((t - before) / (behind - before).clamp(min=1)).clamp(0, 1)[:, None]
-    return torch.where(loud[:, None], mels[before].lerp(mels[behind], share), mels)
+    after = good[torch.searchsorted(good, t).clamp(max=len(good) - 1)]
+    share = ((t - before) / (after - before).clamp(min=1)).clamp(0, 1)[:, None]
+    return torch.where(loud[:, None], mels[before].lerp(mels[after], share), mels)
 
 
 class Features(NamedTuple):
@@ -345,26 +346,26 @@ class Features(NamedTuple):
 
 
 def features(wave: Tensor) -> Features:
-    """wave (S,) at 16 kHz -> normalised log-mels, from 0.2 s before the speech to 0.2 s behind it.
+    """wave (S,) at 16 kHz -> normalised log-mels, from 0.2 s before the speech to 0.2 s after it.
 
-    Silence round the speech, clicks and loudness leave no trace, or next to none. Raises ValueError
-    for a wave without samples.
+    They hardly depend on silence around the speech, clicks or loudness. Raises ValueError for a
+    wave without samples.
     """
     if not len(wave):
         raise ValueError('a wave without samples has no features; give a longer one')
-    # Silence before and behind makes a clip that has some and one that has none the same.
+    # With silence on both sides, a clip that has some and one that has none get the same features.
     silence = MARGIN + 2                                                 # frames
     mels = repair_clicks(log_mels(F.pad(wave, (silence * HOP, silence * HOP))))
     # Speech is what comes within 35 dB of the voice's level. Its first and last frame, half of
     # whose window may lie in silence, do not count for what follows.
     power = moving_median(mels.logsumexp(1))
-    spoken = (power >= voice_level(power) - QUIET).nonzero()[:, 0]
-    start, end = int(spoken[0]) - MARGIN, int(spoken[-1]) + 1 + MARGIN
+    spoken = (power >= voice_level(power) - SPEECH_RANGE).nonzero()[:, 0]
+    start, end = max(0, int(spoken[0]) - MARGIN), int(spoken[-1]) + 1 + MARGIN
     speech = mels[spoken[1:-1] if len(spoken) > 2 else spoken]           # (N, 80)
     # What is quieter is raised to the quietest that speech has in each band.
-    mels = mels[max(0, start):end].maximum(speech.min(0).values)
+    mels = mels[start:end].maximum(speech.min(0).values)
     # Each band to mean 0 over the speech, which removes the microphone; all together to deviation
-    # 1, for by itself a band that holds mostly noise would become loud.
+    # 1: scaling each by its own would amplify bands that hold mostly noise.
     mean = speech.mean(0)
     deviation = (speech - mean).std(correction=0)
     return Features((mels - mean) / (deviation + 1e-3), start - silence)
@@ -411,7 +412,7 @@ def encode(text: str, alphabet: Sequence[str]) -> list[int]:
 
 
 def read_text(path: str | Path, alphabet: Sequence[str]) -> list[str]:
-    """The lines of a text, normalised, without characters that the alphabet lacks.
+    """The lines of a text, normalised; characters that the alphabet lacks become spaces.
 
     Raises DataError.
     """
@@ -435,8 +436,8 @@ def decode(symbols: Iterable[int], alphabet: Sequence[str]) -> str:
     return ''.join(alphabet[symbol] for symbol in symbols)
 
 
-def outputs_needed(symbols: Sequence[int]) -> int:
-    """The fewest outputs in which CTC can say these symbols.
+def outputs_needed(symbols: Sequence) -> int:
+    """The smallest number of outputs with which CTC can emit these symbols, or characters.
 
     One for each, and a blank between equal neighbours (Graves et al. 2006, section 3.1).
     """
@@ -450,8 +451,7 @@ def too_short_message(u: Utterance) -> str:
             'correct or remove it, leave it out with --skip_bad, or lower --frames_per_output')
 
 
-def unlearnable(utterances: Iterable[Utterance], alphabet: Sequence[str],
-                frames_per_output: int) -> list[Utterance]:
+def unlearnable(utterances: Iterable[Utterance], frames_per_output: int) -> list[Utterance]:
     """The utterances that last too short for CTC to say their text.
 
     The silence that features() puts round a clip does not count.
@@ -459,7 +459,7 @@ def unlearnable(utterances: Iterable[Utterance], alphabet: Sequence[str],
     found = []
     for u in utterances:
         outputs = math.ceil(min(u.frames, u.recorded_frames) / frames_per_output)
-        if outputs < outputs_needed(encode(u.text, alphabet)):
+        if outputs < outputs_needed(u.text):
             found.append(u)
     return found
 
@@ -557,14 +557,14 @@ def training_batches(speech: Speech, batch_size: int, epoch: int, rank: int = 0,
                      ranks: int = 1) -> list[list[tuple[int, int]]]:
     """One epoch's batches of (epoch, index): every utterance once, the batches in random order.
 
-    The utterances of a batch have nearly equal lengths at the speed at which they are played, so
-    that one meets others every epoch. Of several processes (ranks), each takes its share of every
+    The utterances of a batch have nearly equal lengths, speed perturbation included; a jitter of
+    2 % varies which ones meet. Of several processes (ranks), each takes its share of every
     batch; one without a share repeats the batch's first utterance.
     """
     rng = np.random.default_rng([speech.seed, epoch])
     frames = [u.frames / speech.speed(epoch, i) for i, u in enumerate(speech.utterances)]
-    shaken = frames * rng.uniform(0.98, 1.02, len(frames))
-    order = np.argsort(shaken, kind='stable')
+    jittered = frames * rng.uniform(0.98, 1.02, len(frames))
+    order = np.argsort(jittered, kind='stable')
     batches = [[(epoch, int(i)) for i in order[start:start + batch_size]]
                for start in range(0, len(order), batch_size)]
     rng.shuffle(batches)
@@ -605,16 +605,17 @@ FIELDS = {  # of a row, and the names that tables and manifests have for them
 SUFFIXES = ('.flac', '.wav', '.sph', '.mp3', '.ogg', '.opus', '.aiff', '.aif', '.au', '.caf')
 SHORT = 200  # characters of a user's text in a message
 
-# (where, a dict with names of FIELDS or a line of JSON, or what is wrong with the row)
-Rows = Iterator[tuple[str, dict | str | DataError]]
+# (where, a dict with names of FIELDS, or what is wrong with the row)
+Rows = Iterator[tuple[str, dict | DataError]]
 
 
 def readable_lines(path: Path) -> Iterator[str]:
-    """A text file's lines as they are; bytes that are no UTF-8 become halves of surrogate pairs."""
+    """A text file's lines as they are; invalid UTF-8 becomes lone surrogates."""
     with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
         for line in file:
             if '\0' in line:
-                raise DataError(f'{path}: is no UTF-8 text; name a manifest, or save it as UTF-8')
+                raise DataError(f'{path}: is not UTF-8 text (UTF-16, or no text at all); name a '
+                                'manifest, or save it as UTF-8')
             yield line
 
 
@@ -645,22 +646,19 @@ def files_below(folder: Path, ending: str) -> list[Path]:
     return sorted(found)
 
 
-def with_suffix(path: Path) -> str:
-    """The audio file of this name, with whatever suffix; the path itself where there is none."""
-    for suffix in SUFFIXES:
-        for variant in suffix, suffix.upper():
-            file = Path(f'{path}{variant}')
-            if file.is_file():
-                return str(file.absolute())
-    return str(path.absolute())
-
-
 def json_rows(path: Path) -> Rows:
     """JSON lines, as NeMo has them: {"audio_filepath": "1.flac", "text": "go", "duration": 1.8}.
 
     With an "offset", in seconds, an utterance is that part of a longer recording.
     """
-    yield from numbered_lines(path)
+    for where, line in numbered_lines(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            row = DataError(f'is not a line of JSON: {error}; correct or remove it')
+        if not isinstance(row, (dict, DataError)):
+            row = DataError('is not a JSON object {...}; correct or remove it')
+        yield where, row
 
 
 def table_rows(path: Path) -> Rows:
@@ -674,7 +672,7 @@ def table_rows(path: Path) -> Rows:
     try:
         names = set(table.fieldnames or ())
     except csv.Error as error:
-        raise DataError(f'{path}:1: is no header of a table ({error}); correct its '
+        raise DataError(f'{path}:1: is not a header of a table ({error}); correct its '
                         'quotes') from None
     for field in 'audio', 'text':
         if not set(FIELDS[field]) & names:
@@ -686,12 +684,26 @@ def table_rows(path: Path) -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
-            row = DataError(f'is no row of a table ({error}); correct its quotes')
+            row = DataError(f'is not a row of a table ({error}); correct its quotes')
         first, read = read + 1, table.reader.line_num
-        if isinstance(row, dict) and any('\n' in str(text) for text in row.values()):
-            row = DataError(f'goes on to line {read}, by a quote that opens here; close it, or put '
-                            'the row on one line')
+        if isinstance(row, dict):
+            first = read - sum(str(text).count('\n') for text in row.values())
+            fault = row_fault(row, first, read)
+            row = DataError(fault) if fault else row
         yield f'{path}:{first}', row
+
+
+def row_fault(row: dict, first: int, last: int) -> str | None:
+    """What is wrong with a row of a table, read from these lines of it, and how to fix it."""
+    if None in row:
+        return 'has more columns than the header; put quotes round a text with a comma'
+    if None in row.values():
+        return ('has fewer columns than the header; a sentence broken over two lines, or a file '
+                'cut off')
+    if first < last:
+        return (f'goes on to line {last}, by a quote that opens here; close it, or put the row on '
+                'one line')
+    return None
 
 
 def librispeech_rows(folder: Path, transcripts: Iterable[Path]) -> Rows:
@@ -701,7 +713,7 @@ def librispeech_rows(folder: Path, transcripts: Iterable[Path]) -> Rows:
         for where, line in numbered_lines(path):
             name, _, text = line.partition(' ')
             speaker = parents[-2] if len(parents) > 1 else name.split('-')[0]
-            audio = with_suffix(path.parent / name)
+            audio = str((path.parent / name).absolute())
             yield where, {'audio': audio, 'text': text, 'speaker': speaker}
 
 
@@ -743,9 +755,10 @@ def sphinx_rows(path: Path) -> Rows:
                                    'left; correct one of them')
             continue
         taken.add(free[0])
-        file = path.parent.parent / 'wav' / free[0][1]
-        yield where, {'audio': with_suffix(file), 'text': sphinx_text(text.split(), fillers),
-                      'speaker': file.parent.name}
+        file = free[0][1]  # 'an4_clstk/fash/an251-fash-b'
+        yield where, {'audio': str((path.parent.parent / 'wav' / file).absolute()),
+                      'text': sphinx_text(text.split(), fillers),
+                      'speaker': file.rpartition('/')[0].rpartition('/')[2]}
     left = [entry for entry in listed if entry not in taken]
     for where, _ in left[nameless:]:  # one for each nameless line is that line's
         yield where, DataError('has no line in the .transcription; add it, or remove this one')
@@ -774,19 +787,10 @@ def corpus_rows(path: Path, split: str) -> Rows:
     return json_rows(path)
 
 
-def row_fields(row: dict | str | DataError) -> dict:
+def row_fields(row: dict | DataError) -> dict:
     """{field of FIELDS: what the row has for it, '' where nothing}. Raises DataError."""
     if isinstance(row, DataError):
         raise row
-    if isinstance(row, str):
-        try:
-            row = json.loads(row)
-        except json.JSONDecodeError as error:
-            raise DataError(f'is not a line of JSON: {error}; correct or remove it') from None
-    if not isinstance(row, dict):
-        raise DataError('is no JSON object {...}; correct or remove it')
-    if None in row:
-        raise DataError('has more columns than the header; put quotes round a text with a comma')
     fields = {}
     for field, names in FIELDS.items():
         given = [row[name] for name in names if row.get(name) is not None]
@@ -799,8 +803,7 @@ def row_fields(row: dict | str | DataError) -> dict:
         try:
             fields[field].encode()
         except UnicodeEncodeError:
-            raise DataError(f'its {field} holds bytes that are no UTF-8 text; save it as '
-                            'UTF-8') from None
+            raise DataError(f'its {field} is not UTF-8 text; save the file as UTF-8') from None
     return fields
 
 
@@ -809,8 +812,6 @@ def number_of(fields: dict, field: str) -> float | None:
     if fields[field] == '':
         return None
     try:
-        if isinstance(fields[field], bool):
-            raise ValueError
         return float(fields[field])
     except (ValueError, TypeError, OverflowError):
         raise DataError(f'has {repr(fields[field])[:SHORT]} for its {field}; give seconds as a '
@@ -820,22 +821,19 @@ def number_of(fields: dict, field: str) -> float | None:
 def find_audio(name: str, folder: Path) -> Path:
     """The file of a name in a folder or in its clips/, as Common Voice has it, with its suffix or
     without. Raises DataError."""
-    for audio in folder / name, folder / 'clips' / name:
-        if audio.is_file():
-            return audio
-        if Path(with_suffix(audio)).is_file():
-            return Path(with_suffix(audio))
-    raise DataError(f'{str(folder / name)[:SHORT]} is no file; correct its path')
+    for place in folder / name, folder / 'clips' / name:
+        for suffix in '', *SUFFIXES, *map(str.upper, SUFFIXES):
+            audio = Path(f'{place}{suffix}')
+            if audio.is_file():
+                return audio
+    raise DataError(f'{str(folder / name)[:SHORT]} is not a file; correct its path')
 
 
-def parse_row(row: dict | str | DataError, folder: Path, where: str) -> Utterance:
+def parse_row(row: dict | DataError, folder: Path, where: str) -> Utterance:
     """One row of a corpus whose files lie in a folder, or in its clips/ -> an Utterance.
 
     Raises DataError, or what float and the file system raise.
     """
-    if isinstance(row, dict) and None in row.values():
-        raise DataError('has fewer columns than the header; a sentence broken over two lines, or a '
-                        'file cut off')
     fields = row_fields(row)
     audio = find_audio(fields['audio'], folder)
     offset = number_of(fields, 'offset')
@@ -894,20 +892,20 @@ def hold_out(utterances: Sequence[Utterance], seed: int = 0) -> HeldOut:
     by_speaker = len(speakers) >= 10 and '' not in speakers
     if by_speaker:
         groups = [u.speaker for u in utterances]
+    elif len(set(files)) == 1:
+        groups = [u.where for u in utterances]      # segments of a single recording
     elif len(stems) == len(set(files)):
         groups = [u.path.stem for u in utterances]  # the same choice in any form of corpus
-    elif len(set(files)) > 1:
-        groups = files  # what is said in one file stays on one side
     else:
-        groups = [u.where for u in utterances]
+        groups = files                              # segments of one file stay together
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(sorted(set(groups))).tolist()
-    kept = set(shuffled[:math.ceil(len(shuffled) / 10)])
-    train = [u for u, group in zip(utterances, groups) if group not in kept]
-    valid = [u for u, group in zip(utterances, groups) if group in kept]
+    held_out = set(shuffled[:math.ceil(len(shuffled) / 10)])
+    train = [u for u, group in zip(utterances, groups) if group not in held_out]
+    valid = [u for u, group in zip(utterances, groups) if group in held_out]
     who = 'at random: not all speakers are known, or under ten'
     if by_speaker:
-        who = f'all of {", ".join(sorted(kept))}'
+        who = f'all of {", ".join(sorted(held_out))}'
     return HeldOut(train, valid, f'held out for validation: {len(valid)} of {len(utterances)} '
                                  f'utterances, {who}')
 
@@ -959,7 +957,7 @@ def read_splits(train: str, valid: str | None, test: str | None, seed: int,
     everything = [u for side in sides.values() for u in side]
     if len(everything) <= check_up_to:
         faults |= check_recordings(everything, problems)
-    for u in unlearnable(sides['train'], make_alphabet(sides['train']), frames_per_output):
+    for u in unlearnable(sides['train'], frames_per_output):
         faults.setdefault(u.where, f'{u.where}: {too_short_message(u)}')
     for split, side in sides.items():
         sides[split] = [u for u in side if u.where not in faults]
@@ -974,7 +972,7 @@ def read_splits(train: str, valid: str | None, test: str | None, seed: int,
 def recording_problems(wave: Tensor, rate: int) -> Iterator[str]:
     """What is wrong with a recording (S,) that can be read, in words.
 
-    Training and transcription bear with silence and clicks; they are worth a look all the same.
+    Training and transcription tolerate silence and clicks, which are still worth checking.
     """
     size = wave.abs()
     if rate < SAMPLE_RATE:
@@ -1055,34 +1053,29 @@ class Phone(NamedTuple):
 # Formants: Peterson & Barney 1952, table II, men; of consonants Klatt 1980, table III (n's first is
 # its nasal one). Levels, hiss and durations are our own, by spectrogram and by what a recogniser of
 # real speech made of them.
-PHONE_TABLE = '''
-      F1    F2    F3  voice  hiss  centre  width   ms
-iy   270  2290  3010      0   -99       4      1  110
-uw   300   870  2240      0   -99       4      1  140
-th   320  1290  2540    -99   -30       6    1.5   90
-ih   390  1990  2550      0   -99       4      1   80
-w    290   610  2150     -4   -99       4      1   60
-s    320  1390  2530    -99   -16       6    0.5  105
-eh   530  1840  2480      0   -99       4      1  100
-r    310  1060  1380     -4   -99       4      1   65
-z    240  1390  2530    -10   -20       6    0.5   75
-ah   640  1190  2390      0   -99       4      1   90
-l    310  1050  2880     -4   -99       4      1   65
-p    400  1100  2150    -99   -28       1      2   30
-aa   730  1090  2440      0   -99       4      1  110
-n    270  1340  2470    -10   -99       4      1   90
-t    400  1600  2600    -99   -19     4.5    0.7   35
-ao   570   840  2410      0   -99       4      1  110
-f    340  1100  2080    -99   -28       6      2   95
-k    300  1990  2850    -99   -19       2    0.4   35
-uh   440  1020  2240      0   -99       4      1   80
-v    220  1100  2080    -10   -32       6      2   55
-g    200  1990  2850     -8   -24       2    0.4   25
-'''
-PHONES = {}
-for line in PHONE_TABLE.strip().splitlines()[1:]:
-    name, *columns = line.split()
-    PHONES[name] = Phone(*map(float, columns))
+PHONES = {  #    F1    F2    F3  voice  hiss  centre  width   ms
+    'iy': Phone(270, 2290, 3010,    0,  -99,    4,    1,  110),
+    'uw': Phone(300,  870, 2240,    0,  -99,    4,    1,  140),
+    'th': Phone(320, 1290, 2540,  -99,  -30,    6,  1.5,   90),
+    'ih': Phone(390, 1990, 2550,    0,  -99,    4,    1,   80),
+    'w':  Phone(290,  610, 2150,   -4,  -99,    4,    1,   60),
+    's':  Phone(320, 1390, 2530,  -99,  -16,    6,  0.5,  105),
+    'eh': Phone(530, 1840, 2480,    0,  -99,    4,    1,  100),
+    'r':  Phone(310, 1060, 1380,   -4,  -99,    4,    1,   65),
+    'z':  Phone(240, 1390, 2530,  -10,  -20,    6,  0.5,   75),
+    'ah': Phone(640, 1190, 2390,    0,  -99,    4,    1,   90),
+    'l':  Phone(310, 1050, 2880,   -4,  -99,    4,    1,   65),
+    'p':  Phone(400, 1100, 2150,  -99,  -28,    1,    2,   30),
+    'aa': Phone(730, 1090, 2440,    0,  -99,    4,    1,  110),
+    'n':  Phone(270, 1340, 2470,  -10,  -99,    4,    1,   90),
+    't':  Phone(400, 1600, 2600,  -99,  -19,  4.5,  0.7,   35),
+    'ao': Phone(570,  840, 2410,    0,  -99,    4,    1,  110),
+    'f':  Phone(340, 1100, 2080,  -99,  -28,    6,    2,   95),
+    'k':  Phone(300, 1990, 2850,  -99,  -19,    2,  0.4,   35),
+    'uh': Phone(440, 1020, 2240,    0,  -99,    4,    1,   80),
+    'v':  Phone(220, 1100, 2080,  -10,  -32,    6,    2,   55),
+    'g':  Phone(200, 1990, 2850,   -8,  -24,    2,  0.4,   25),
+}
 STOPS = ('p', 't', 'k', 'g')
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPECTRUM = {'n_fft': 512, 'hop_length': STEP, 'win_length': 256, 'window': torch.hann_window(256)}
@@ -1110,9 +1103,9 @@ class Voice(NamedTuple):
     accent: dict    # {phone: factors of its three formants}
 
 
-def draw_voice(speaker: int, seed: int) -> Voice:
+def draw_voice(speaker: int) -> Voice:
     """The voice of a speaker."""
-    rng = np.random.default_rng([seed, speaker])
+    rng = np.random.default_rng([0, speaker])
     low, high = [0.85, 0.65, -30, 800], [1.15, 1.1, -15, 2500]
     tract, tempo, breath, corner = rng.uniform(low, high)
     pitch = 140 * tract ** 3 * rng.uniform(0.8, 1.25)
@@ -1121,11 +1114,10 @@ def draw_voice(speaker: int, seed: int) -> Voice:
 
 
 class Track(NamedTuple):
-    """What the voice is to do: a row of Phone's columns for each piece of sound, each some steps
-    long."""
+    """The synthesis plan: for each segment, Phone's columns and how many steps it lasts."""
     rows: list                           # of arrays (8,)
     steps: list                          # of 4 ms each
-    spans: list                          # of (word, its first row, the one behind its last)
+    spans: list                          # of (word, its first row, the one after its last)
 
 
 def plan_phones(words: Sequence[str], voice: Voice, rng: np.random.Generator) -> Track:
@@ -1212,8 +1204,7 @@ def room_response(rng: np.random.Generator) -> Tensor:
     return unit_power(colour) * 10 ** (-rng.uniform(10, 35) / 20)
 
 
-def synthesise(text: str, speaker: int = 0,
-               seed: int = 0) -> tuple[np.ndarray, list[tuple[str, float, float]]]:
+def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list[tuple[str, float, float]]]:
     """Say words of WORDS in the voice of a speaker, a whole number from 0.
 
     -> wave (S,) float32 at 16 kHz, and [(word, start, end)] in seconds. The same arguments give the
@@ -1224,8 +1215,8 @@ def synthesise(text: str, speaker: int = 0,
     if not words or set(words) - set(WORDS) or speaker < 0:
         raise DataError(f'{text!r}: the synthesiser says {", ".join(WORDS)}, in the voices of '
                         'speakers from 0 up')
-    voice = draw_voice(speaker, seed)
-    rng = np.random.default_rng([seed, speaker, zlib.crc32(text.encode())])
+    voice = draw_voice(speaker)
+    rng = np.random.default_rng([0, speaker, zlib.crc32(text.encode())])
     track = plan_phones(words, voice, rng)
     ends = np.cumsum(track.steps) * STEP / SAMPLE_RATE
     spans = []
@@ -1252,55 +1243,56 @@ def synthesise(text: str, speaker: int = 0,
     return (wave * loudness).numpy(), spans
 
 
-class Job(NamedTuple):
+class BuiltinUtterance(NamedTuple):
     """An utterance of the built-in corpus that is to be spoken."""
     file: str  # relative to the corpus
     text: str
     speaker: int
 
 
-def builtin_jobs(split: str) -> list[Job]:
+def builtin_utterances(split: str) -> list[BuiltinUtterance]:
     """The utterances of one part of the built-in corpus: one to six random words each."""
     first_speaker, speakers, utterances = BUILTIN[split]
     rng = np.random.default_rng(first_speaker)
-    jobs = []
+    planned = []
     for i in range(utterances):
         text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
-        jobs.append(Job(f'{split}/{i:04}.flac', text, first_speaker + i % speakers))
-    return jobs
+        speaker = first_speaker + i % speakers
+        planned.append(BuiltinUtterance(f'{split}/{i:04}.flac', text, speaker))
+    return planned
 
 
-def speak(job: Job, folder: Path) -> str:
+def write_utterance(u: BuiltinUtterance, folder: Path) -> str:
     """Write one utterance of the built-in corpus -> its line of the manifest. Raises OSError."""
-    wave, _ = synthesise(job.text, job.speaker)
-    soundfile.write(folder / job.file, wave, SAMPLE_RATE)
-    return json.dumps({'audio_filepath': job.file, 'text': job.text,
-                       'duration': len(wave) / SAMPLE_RATE, 'speaker': f'{job.speaker}'})
+    wave, _ = synthesise(u.text, u.speaker)
+    soundfile.write(folder / u.file, wave, SAMPLE_RATE)
+    return json.dumps({'audio_filepath': u.file, 'text': u.text,
+                       'duration': len(wave) / SAMPLE_RATE, 'speaker': f'{u.speaker}'})
 
 
-def start_speaker() -> None:
-    """What a process that speaks does first: one thread, for many small operations wait for each
-    other's threads on a busy machine; Ctrl-C is its parent's."""
+def init_worker() -> None:
+    """Prepare a process that speaks: one thread, for those of several processes would wait for each
+    other; Ctrl-C is left to its parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def speak_corpus(folder: Path) -> None:
     """Speak the whole built-in corpus, in as many processes as there are cores. Raises OSError."""
-    jobs = [job for split in BUILTIN for job in builtin_jobs(split)]
+    planned = [u for split in BUILTIN for u in builtin_utterances(split)]
     for split in BUILTIN:
         (folder / split).mkdir()
     pool = concurrent.futures.ProcessPoolExecutor(
-        mp_context=multiprocessing.get_context('spawn'), initializer=start_speaker)
+        mp_context=multiprocessing.get_context('spawn'), initializer=init_worker)
     with pool:
         try:
-            spoken = pool.map(speak, jobs, [folder] * len(jobs), chunksize=10)
-            rows = list(progress(spoken, len(jobs), 'speaking'))
+            spoken = pool.map(write_utterance, planned, [folder] * len(planned), chunksize=10)
+            rows = list(progress(spoken, len(planned), 'speaking'))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     for split in BUILTIN:
-        lines = [row for row, job in zip(rows, jobs) if job.file.startswith(f'{split}/')]
+        lines = [row for row, u in zip(rows, planned) if u.file.startswith(f'{split}/')]
         (folder / f'{split}.jsonl').write_text('\n'.join(lines) + '\n')
 
 
@@ -1355,11 +1347,12 @@ def inspect_corpus(path: str, valid_data: str | None) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description='Inspect a corpus before training, or say a sentence.')
-    parser.add_argument('path', help='corpus (see read_corpus) or audio file; '
-                                     'with --say, the file to write')
+    parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder) '
+                                     'or audio file; with --say, the file to write')
     parser.add_argument('--valid_data', help='corpus for validation; unset: a tenth is held out, '
                                              'as with train.py')
-    parser.add_argument('--say', metavar='TEXT', help=f'any of: {" ".join(WORDS)}')
+    parser.add_argument('--say', metavar='TEXT',
+                        help=f'speak words into the file PATH, any of: {" ".join(WORDS)}')
     parser.add_argument('--speaker', type=int, default=0, help='with --say: whose voice, 0 or more')
     args = parser.parse_args(argv)
     import monitor

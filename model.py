@@ -16,11 +16,11 @@ output is read.
     BiLSTM x 2   (B, T', 512)
     head         (B, T', V)           linear, then log_softmax in float32; symbol 0 is CTC's blank
 
-A *frame* is 10 ms of mels, an *output* what the network says for frames_per_output of them, a
-*label* one character of the transcript. Every padded tensor travels with its lengths, and whatever
-looks along time looks at valid frames only: in eval mode a clip alone and the same clip in a padded
-batch give the same output. (In training, batch norm's statistics include the padding, of which
-batches of nearly equal lengths have little.)
+A *frame* is 10 ms of mels, an *output* the distribution over symbols for frames_per_output of
+them, a *label* one character of the transcript. Every padded tensor travels with its lengths, and
+every operation along time uses valid frames only: in eval mode a clip alone and the same clip in a
+padded batch give the same output. (In training, batch norm's statistics include the padding, of
+which batches of nearly equal lengths have little.)
 
 From Python:
 
@@ -31,10 +31,10 @@ From Python:
 References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks; section 6.4: two
 paths, added); Touvron et al. 2021, "Going deeper with image transformers" (LayerScale: the gate);
 Graves et al. 2006, "Connectionist Temporal Classification"; Jozefowicz et al. 2015 (forget bias 1);
-Glorot & Bengio 2010 (Xavier initialisation); He et al. 2015 (of the convolutions); Hannun et al.
-2014, "First-pass large vocabulary continuous speech recognition using bi-directional recurrent
-DNNs" (prefix beam search); Witten & Bell 1991 (the character model's smoothing); Zeyer et al. 2021,
-"Why does CTC result in peaky behavior?".
+Glorot & Bengio 2010 (Xavier initialisation); He et al. 2015 (initialisation of the convolutions);
+Hannun et al. 2014, "First-pass large vocabulary continuous speech recognition using bi-directional
+recurrent DNNs" (prefix beam search); Witten & Bell 1991 (the character model's smoothing); Zeyer et
+al. 2021, "Why does CTC result in peaky behavior?".
 """
 import argparse
 import json
@@ -79,7 +79,7 @@ BLOCKS = [  # Howard et al. 2019, table 2
     BlockSpec(5, 576, 96, True, nn.Hardswish, 1, 1),
 ]
 EARLY_BLOCK = 3  # the last block at 40 ms; the early path leaves from its output
-GATE = 0.1       # the deep path's share at first; at 1 its noise slows the learning of both
+GATE = 0.1       # initial weight of the deep path; starting at 1, both paths learn more slowly
 
 
 @dataclass
@@ -100,28 +100,25 @@ class Config:
     layers: int = 2
     dropout: float = 0.05           # before each LSTM layer and the head
     output_init: str = 'xavier'     # of the head; or 'normal', of deviation 0.01
-    weight_init: float = 0.02       # deviation of the projections' weights
-    forget_bias: bool = True        # init_lstm; False: PyTorch's initialisation
+    weight_init: float = 0.02       # standard deviation of the projections' initial weights
+    forget_bias: bool = True        # init_lstm: forget bias 1, orthogonal; False: PyTorch's own
 
     def __post_init__(self):
         if self.frames_per_output not in (1, 2, 4):
-            raise ValueError('frames_per_output is 1, 2 or 4')
+            raise ValueError('frames_per_output must be 1, 2 or 4')
         if not 2 <= self.blocks <= len(BLOCKS):
-            raise ValueError(f'blocks is 2 to {len(BLOCKS)}')
+            raise ValueError(f'blocks must be 2 to {len(BLOCKS)}')
         if not 0 <= self.dropout < 1:
-            raise ValueError('dropout is 0 to less than 1')
-        for name in 'vocab_size', 'n_mels', 'projection', 'hidden', 'layers':
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} is 1 or more')
+            raise ValueError('dropout must be at least 0 and below 1')
         if self.deep_path not in ('gated', 'alone'):
-            raise ValueError('deep_path is gated or alone')
+            raise ValueError('deep_path must be gated or alone')
         if self.upsample not in ('interpolate', 'transpose'):
-            raise ValueError('upsample is interpolate or transpose')
+            raise ValueError('upsample must be interpolate or transpose')
         if self.output_init not in ('xavier', 'normal'):
-            raise ValueError('output_init is xavier or normal')
+            raise ValueError('output_init must be xavier or normal')
 
 
-# ---- looking along time: each of these is told where the clips end -------------------------------
+# ---- operations along time, which are given the clips' lengths -----------------------------------
 
 def valid_frames(frames: int, lengths: Tensor) -> Tensor:
     """The mask (B, frames) that is true within each clip's length (B,) and false in its padding."""
@@ -129,7 +126,7 @@ def valid_frames(frames: int, lengths: Tensor) -> Tensor:
 
 
 def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
-    """Zero x (B, C, T, F) behind each clip's end.
+    """Set x (B, C, T, F) to zero after each clip's end.
 
     Before a convolution, padding must equal the zeros that the convolution itself pads a clip alone
     with; batch norm and activations make it non-zero again.
@@ -150,15 +147,14 @@ def mean_over_time(x: Tensor, lengths: Tensor) -> Tensor:
 def hold_last(x: Tensor, lengths: Tensor) -> Tensor:
     """Repeat each clip's last valid frame to the end: x (B, T, C) -> (B, T + 1, C).
 
-    Interpolation looks one frame ahead, and must see the same there whatever the clip was padded
-    to.
+    Interpolation looks one frame ahead, and what it finds there must not depend on the padding.
     """
     index = torch.arange(x.shape[1] + 1, device=x.device).minimum(lengths[:, None] - 1)
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def reverse_time(x: Tensor, lengths: Tensor) -> Tensor:
-    """Reverse each clip of x (B, T, C) within its own length; padding stays behind. Its own
+    """Reverse each clip of x (B, T, C) within its own length; padding stays after it. Its own
     inverse."""
     batch, frames, _ = x.shape
     t = torch.arange(frames, device=x.device)
@@ -171,11 +167,11 @@ def reverse_time(x: Tensor, lengths: Tensor) -> Tensor:
 # ---- the backbone --------------------------------------------------------------------------------
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm whose running statistics serve short runs too.
+    """Batch norm whose running statistics are usable after few updates.
 
     MobileNetV3's own momentum, 0.01, leaves 37 % of the initial statistics after 100 updates; 0.1,
-    used here, leaves 20 % after 15, and a network that has learnt looks ill in eval mode. So the
-    statistics begin as the plain average of the first ten batches.
+    used here, leaves 20 % after 15, so a network that has learnt would score badly in eval mode.
+    Therefore the statistics begin as the plain average of the first ten batches.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,9 +195,8 @@ class ConvNorm(nn.Sequential):
             activation())
 
 
-def strided_length(length, stride: int):
-    """ceil(length / stride) of whole numbers or a tensor of them: what ConvNorm makes of a
-    length."""
+def strided_length(length: int | Tensor, stride: int) -> int | Tensor:
+    """ceil(length / stride) of whole numbers: what ConvNorm makes of a length."""
     return (length + stride - 1) // stride
 
 
@@ -314,11 +309,11 @@ class Branch(nn.Module):
             self.transposed_conv = nn.ConvTranspose1d(config.projection, config.projection,
                                                       kernel_size=ratio, stride=ratio)
 
-    def output_lengths(self, lengths):
+    def output_lengths(self, lengths: int | Tensor) -> int | Tensor:
         """The number of outputs for clips of these many mel frames: ceil(T / frames_per_output).
 
         ConvTranspose1d gives ceil(T / stride) features times its own stride, too many for most
-        clips, and that is what it reports: labels may come to stand behind the end of the clip.
+        clips, and that is what it reports: labels may be emitted after the end of the clip.
         """
         if self.transposed_conv is None:
             return strided_length(lengths, self.frames_per_output)
@@ -363,11 +358,11 @@ class Recogniser(nn.Module):
         init_weights(self)
         self.to(memory_format=torch.channels_last)  # depthwise convolutions: twice as fast on a CPU
 
-    def output_lengths(self, lengths):
+    def output_lengths(self, lengths: int | Tensor) -> int | Tensor:
         """The number of outputs for clips of these many mel frames, of the path that has fewest."""
         return (self.early or self.deep).output_lengths(lengths)
 
-    def features(self, mels: Tensor, lengths: Tensor) -> Tensor:
+    def before_lstm(self, mels: Tensor, lengths: Tensor) -> Tensor:
         """All that comes before the LSTM: (B, 1, T, n_mels), (B,) -> (B, T', projection)."""
         outputs = self.output_lengths(mels.shape[2])
         x = mels.to(memory_format=torch.channels_last)
@@ -380,10 +375,14 @@ class Recogniser(nn.Module):
         deep = self.deep(self.last(x), lengths, outputs)
         return deep if self.early is None else early + self.gate * deep
 
-    def forward(self, mels: Tensor, lengths: Tensor, every_layer: bool = False):
-        """-> (log-probabilities, output lengths); every_layer: (a list of them, as the head reads
-        each LSTM layer, the last one the output; output lengths)."""
-        x, lengths = self.features(mels, lengths), self.output_lengths(lengths)
+    def forward(self, mels: Tensor, lengths: Tensor,
+                every_layer: bool = False) -> tuple[Tensor | list[Tensor], Tensor]:
+        """-> (log-probabilities, output lengths).
+
+        every_layer: in place of the first, a list: the head applied to each LSTM layer, the last of
+        which is the output.
+        """
+        x, lengths = self.before_lstm(mels, lengths), self.output_lengths(lengths)
         layers = []
         for layer in self.recurrent:
             x = layer(self.dropout(x), lengths)
@@ -415,8 +414,8 @@ def init_lstm(lstm: nn.LSTM) -> None:
 def init_weights(model: Recogniser) -> None:
     """Draw the weights of each layer by its role.
 
-    The head's and the projections' must be large enough to pass a gradient down: normal(0, 0.01),
-    the classifier's in MobileNetV3, makes each layer's too small.
+    The weights of the head and the projections must be large enough to pass the gradient on: with
+    normal(0, 0.01), MobileNetV3's for its classifier, it shrinks at each of these layers.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # He et al. 2015, as in torchvision's MobileNetV3
@@ -597,13 +596,12 @@ class Decoding(NamedTuple):
 
     The weights were chosen on dev of AN4 and of kathleen together (results/README.md).
     """
-    width: int = 0
+    width: int = 16
     lm_weight: float = 0.6
     label_bonus: float = 1.5
 
 
-GREEDY = Decoding()
-BEAM = Decoding(width=16)
+GREEDY = Decoding(width=0)
 
 
 def grow(beam: Mapping[str, tuple[float, float]], probabilities: Sequence[float],
@@ -633,13 +631,13 @@ def grow(beam: Mapping[str, tuple[float, float]], probabilities: Sequence[float]
 
 
 def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
-                language_model: CharacterModel | None = None, decoding: Decoding = BEAM) -> str:
+                language_model: CharacterModel | None, decoding: Decoding) -> str:
     """The text of the highest score, by prefix beam search (Hannun et al. 2014, algorithm 1).
 
     log_probs (T', V) of one clip. A text's score, in nats, is that of all its paths together
-    + lm_weight * the character model's + label_bonus * its length, for a language model likes short
-    texts; without a model, or at weight 0, it is that of the paths alone. After each output the
-    `width` best beginnings are kept.
+    + lm_weight * the character model's + label_bonus * its length, which offsets the language
+    model's preference for short texts; without a model, or at weight 0, it is that of the paths
+    alone. After each output the `width` best beginnings are kept.
     """
     width, lm_weight, label_bonus = decoding
     weighs = language_model is not None and lm_weight != 0
@@ -658,9 +656,7 @@ def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
         for text in beam:
             if text not in prior:
                 prior[text] = prior[text[:-1]] + bonus + gain(text[:-1], text[-1])
-        best = list(beam)
-        if len(best) > width:
-            best = sorted(best, key=score, reverse=True)[:width]
+        best = sorted(beam, key=score, reverse=True)[:width]
         prior = {text: prior[text] for text in best}
         scale = max(sum(beam[text]) for text in best)  # or they would fade to zero
         beam = {text: (beam[text][0] / scale, beam[text][1] / scale) for text in best}
@@ -670,10 +666,10 @@ def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
 # ---- words and their times -----------------------------------------------------------------------
 
 # Chosen on voices of the built-in corpus that are in none of its splits.
-ONSET = 8       # frames of 10 ms that a word may last before its first output
-QUIET = -0.4    # mean normalised log-mel of a frame: below, no word has begun
-FADE = 7        # frames that a word lasts behind its last output
-SHARE = 0.6     # of the gap between two words that would meet: the first one's
+MAX_ONSET = 8       # frames of 10 ms that a word may last before its first output
+SILENCE_LEVEL = -0.4  # mean normalised log-mel of a frame: below, no word has begun
+RELEASE = 7         # frames that a word lasts after its last output
+GAP_SHARE = 0.6     # of the gap between two words that would overlap: the first one's
 
 
 class Word(NamedTuple):
@@ -686,12 +682,6 @@ class Word(NamedTuple):
     start: float
     end: float
     confidence: float
-
-
-class Transcript(NamedTuple):
-    """What was heard in a clip."""
-    text: str
-    words: list[Word]
 
 
 def split_words(emissions: Sequence[Emission], alphabet: Sequence[str]) -> list[list[Emission]]:
@@ -708,21 +698,21 @@ def split_words(emissions: Sequence[Emission], alphabet: Sequence[str]) -> list[
 def widen(edges: Sequence[tuple[int, int]], loudness: Sequence[float]) -> list[tuple[int, int]]:
     """Words' edges (start, end) by their outputs, in frames -> by their sound.
 
-    The outputs of a CTC network are peaks within what they stand for (Zeyer et al. 2021). So a word
-    begins where the sound before its first output rises, and fades for a while behind its last; two
-    words that would meet share the gap between their outputs.
+    CTC outputs are peaks inside a character (Zeyer et al. 2021), so a word's outputs span less time
+    than its sound. Its start moves back to where the sound sets in, its end RELEASE frames on;
+    words that would overlap split the gap between their outputs.
     """
     widened = []
     for i, (start, end) in enumerate(edges):
         before = edges[i - 1][1] if i else 0
         first = start
-        while first > max(before, start - ONSET) and loudness[first - 1] > QUIET:
+        while first > max(before, start - MAX_ONSET) and loudness[first - 1] > SILENCE_LEVEL:
             first -= 1
-        widened.append([first, min(end + FADE, len(loudness))])
+        widened.append([first, min(end + RELEASE, len(loudness))])
     for i in range(len(edges) - 1):
         end, start = edges[i][1], edges[i + 1][0]
         if widened[i][1] > widened[i + 1][0]:
-            widened[i][1] = widened[i + 1][0] = round(end + SHARE * (start - end))
+            widened[i][1] = widened[i + 1][0] = round(end + GAP_SHARE * (start - end))
     return [(start, end) for start, end in widened]
 
 
@@ -732,7 +722,7 @@ FORMAT = 3  # of checkpoints
 
 
 class CheckpointError(Exception):
-    """A file is no checkpoint that this code can read; the message says why, in one line."""
+    """A file is not a checkpoint that this code can read; the message says why, in one line."""
 
 
 class Checkpoint(NamedTuple):
@@ -745,20 +735,15 @@ class Checkpoint(NamedTuple):
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """A checkpoint of train.py, from its file. Raises CheckpointError."""
+    if not os.path.isfile(path):
+        reason = 'is not a regular file' if os.path.lexists(path) else 'no such file'
+        raise CheckpointError(f'{path}: {reason}; give the best.pt or last.pt of a run')
     try:
-        if not os.path.isfile(path):
-            raise FileNotFoundError
         checkpoint = torch.load(path, weights_only=True, map_location='cpu')
-        number = checkpoint.get('format', 1) if 'config' in checkpoint else None
-    except Exception as error:  # whatever a file that is no checkpoint may raise
-        reason = type(error).__name__
-        if not os.path.isfile(path):
-            reason = 'is no regular file' if os.path.lexists(path) else 'no such file'
-        raise CheckpointError(f'{path}: is no checkpoint of train.py ({reason}); give the best.pt '
-                              'or last.pt of a run') from None
-    if number is None:
-        raise CheckpointError(f'{path}: is no checkpoint of train.py; give the best.pt or last.pt '
-                              'of a run')
+        number = checkpoint['format']
+    except Exception as error:  # whatever a file that is not a checkpoint may raise
+        raise CheckpointError(f'{path}: is not a checkpoint of train.py ({type(error).__name__}); '
+                              'give the best.pt or last.pt of a run') from None
     if number != FORMAT:
         raise CheckpointError(f'{path}: its format is number {number}, this code reads {FORMAT}; '
                               'use the code that wrote it, or train again')
@@ -781,15 +766,6 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
                               'another') from None
 
 
-def decode(log_probs: Tensor, checkpoint: Checkpoint, decoding: Decoding) -> str:
-    """The text of one clip's outputs (T', V)."""
-    alphabet = checkpoint.alphabet
-    if decoding.width:
-        return beam_decode(log_probs, alphabet, checkpoint.language_model, decoding)
-    path = log_probs.argmax(1).tolist()
-    return ''.join(alphabet[emission.symbol] for emission in collapse(path))
-
-
 def timed_words(text: str, log_probs: Tensor, loudness: Sequence[float], checkpoint: Checkpoint,
                 start: float, duration: float) -> list[Word]:
     """The words of a text that was decoded from outputs (T', V), with their times in the clip.
@@ -798,7 +774,7 @@ def timed_words(text: str, log_probs: Tensor, loudness: Sequence[float], checkpo
     """
     import data
     frames = checkpoint.network.config.frames_per_output
-    emissions = align(log_probs, [checkpoint.alphabet.index(character) for character in text])
+    emissions = align(log_probs, data.encode(text, checkpoint.alphabet))
     words = split_words(emissions, checkpoint.alphabet)
     edges = [(min(frames * word[0].first, len(loudness)),
               min(frames * (word[-1].last + 1), len(loudness))) for word in words]
@@ -806,44 +782,45 @@ def timed_words(text: str, log_probs: Tensor, loudness: Sequence[float], checkpo
     for word, edge in zip(words, widen(edges, loudness)):
         begin, end = [min(max(0.0, start + t * data.FRAME_SECONDS), duration) for t in edge]
         emitted = torch.cat([log_probs[e.first:e.last + 1, e.symbol] for e in word])
-        timed.append(Word(''.join(checkpoint.alphabet[e.symbol] for e in word), begin, end,
-                          confidence=emitted.mean().exp().item()))
+        spelling = data.decode([e.symbol for e in word], checkpoint.alphabet)
+        timed.append(Word(spelling, begin, end, confidence=emitted.mean().exp().item()))
     return timed
 
 
-class Heard(NamedTuple):
-    """A clip's features and what the network says of them."""
+class Transcript(NamedTuple):
+    """What was heard in a clip, and what it was read from."""
+    text: str
+    words: list[Word]
     mels: Tensor       # (T, 80)
-    start: float       # of the first frame in the clip, seconds
+    start: float       # of their first frame in the clip, seconds
     log_probs: Tensor  # (T', V)
 
 
 @torch.no_grad()
-def listen(network: Recogniser, wave: Tensor) -> Heard:
-    """A wave (S,) at 16 kHz through a recogniser in eval mode."""
-    import data  # here, so that the network can be used without
-    mels, start = data.features(wave)
-    log_probs, _ = network(mels[None, None], torch.tensor([len(mels)]))
-    return Heard(mels, start * data.FRAME_SECONDS, log_probs[0])
-
-
 def transcribe(checkpoint: Checkpoint, wave: Tensor, decoding: Decoding = GREEDY,
                times: bool = True) -> Transcript:
     """What is heard in a wave (S,) at 16 kHz, as data.read_wave gives it.
 
-    times: with its words, whose alignment takes memory by the square of the clip's length.
+    times: with its words, whose alignment takes memory that grows with the square of the clip's
+    length.
     """
-    import data
-    mels, start, log_probs = listen(checkpoint.network, wave)
-    text = decode(log_probs, checkpoint, decoding)
-    if not times:
-        return Transcript(text, [])
-    words = timed_words(text, log_probs, mels.mean(1).tolist(), checkpoint, start,
-                        len(wave) / data.SAMPLE_RATE)
-    return Transcript(text, words)
+    import data  # here, so that the network can be used without
+    network, alphabet, _, language_model = checkpoint
+    mels, first_frame = data.features(wave)
+    start = first_frame * data.FRAME_SECONDS
+    log_probs, lengths = network(mels[None, None], torch.tensor([len(mels)]))
+    if decoding.width:
+        text = beam_decode(log_probs[0], alphabet, language_model, decoding)
+    else:
+        text = data.decode(greedy_decode(log_probs, lengths)[0], alphabet)
+    words = []
+    if times:
+        words = timed_words(text, log_probs[0], mels.mean(1).tolist(), checkpoint, start,
+                            len(wave) / data.SAMPLE_RATE)
+    return Transcript(text, words, mels, start, log_probs[0])
 
 
-def plot_clip(checkpoint: Checkpoint, wave: Tensor, transcript: Transcript, path: str) -> None:
+def plot_clip(transcript: Transcript, checkpoint: Checkpoint, path: str) -> None:
     """Draw a clip's log-mels and words, and the outputs' probabilities, over time.
 
     Raises monitor.RunError where matplotlib is missing or the file cannot be written.
@@ -851,11 +828,10 @@ def plot_clip(checkpoint: Checkpoint, wave: Tensor, transcript: Transcript, path
     import data
     import monitor
     pyplot = monitor.load_pyplot()
-    network, alphabet = checkpoint.network, checkpoint.alphabet
-    mels, begin, log_probs = listen(network, wave)
+    _, words, mels, begin, log_probs = transcript
     probabilities = log_probs.exp()                                               # (T', V)
     end = begin + len(mels) * data.FRAME_SECONDS
-    output_seconds = network.config.frames_per_output * data.FRAME_SECONDS
+    output_seconds = checkpoint.network.config.frames_per_output * data.FRAME_SECONDS
     times = begin + output_seconds * (torch.arange(len(probabilities)) + 0.5)
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(10, 4.5),
                                              layout='constrained')
@@ -867,10 +843,10 @@ def plot_clip(checkpoint: Checkpoint, wave: Tensor, transcript: Transcript, path
     for symbol in sorted(set(path_symbols) - {0}):
         below.plot(times, probabilities[:, symbol])
     for emission in collapse(path_symbols):
-        name = alphabet[emission.symbol].replace(' ', '_')
+        name = checkpoint.alphabet[emission.symbol].replace(' ', '_')
         middle = (times[emission.first] + times[emission.last]) / 2
         below.text(middle, 1.03, name, ha='center')
-    for word in transcript.words:
+    for word in words:
         above.text((word.start + word.end) / 2, mels.shape[1] + 2, word.text, ha='center')
         above.axvspan(word.start, word.end, ymin=0.97, color='white')
     below.set_ylim(0, 1.15)
@@ -895,14 +871,14 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
 def add_decoding_flags(add: Callable, width: int) -> None:
     """Give a parser (by its add_argument) the flags of beam search; width: of --beam unset."""
     add('--beam', type=int, default=width, metavar='WIDTH',
-        help='texts kept in beam search with the character model; 0: greedy alone')
-    add('--lm_weight', type=float, default=GREEDY.lm_weight,
-        help="of the character model's log-probability; 0: beam search without it")
-    add('--label_bonus', type=float, default=GREEDY.label_bonus,
+        help='texts kept by beam search with the character model; 0: greedy decoding')
+    add('--lm_weight', type=float, default=Decoding().lm_weight,
+        help="weight of the character model's log-probability; 0: beam search without it")
+    add('--label_bonus', type=float, default=Decoding().label_bonus,
         help='nats added for each character where the character model has a weight')
     add('--lm_text', metavar='FILE',
-        help='count the characters of this text, a sentence a line; unset: of the training '
-             'transcripts')
+        help='text file, one sentence a line, to build the character model from; unset: the '
+             'training transcripts')
 
 
 def read_decoding(args: argparse.Namespace) -> Decoding:
@@ -914,16 +890,10 @@ def read_decoding(args: argparse.Namespace) -> Decoding:
     return Decoding(args.beam, args.lm_weight, args.label_bonus)
 
 
-def with_text(checkpoint: Checkpoint, path: str | None) -> Checkpoint:
-    """The checkpoint with the character model of another text, if one is named.
-
-    Raises data.DataError.
-    """
+def read_character_model(path: str, alphabet: Sequence[str]) -> CharacterModel:
+    """The character model of --lm_text. Raises data.DataError."""
     import data
-    if path is None:
-        return checkpoint
-    texts = data.read_text(path, checkpoint.alphabet)
-    return checkpoint._replace(language_model=CharacterModel.of_texts(texts).pruned())
+    return CharacterModel.of_texts(data.read_text(path, alphabet)).pruned()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -940,8 +910,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.plot is not None and len(args.clips) != 1:
         sys.exit('model.py: --plot draws one clip; name one')
-    if args.lm_text is not None and not args.beam:
-        sys.exit('model.py: --lm_text is for beam search; give --beam 16 too')
+    of_beam_search = {'lm_text': None, 'lm_weight': Decoding().lm_weight,
+                      'label_bonus': Decoding().label_bonus}
+    changed = [name for name, default in of_beam_search.items() if getattr(args, name) != default]
+    if changed and not args.beam:
+        sys.exit(f'model.py: --{changed[0]} is for beam search; give --beam 16 too')
     import monitor
     with monitor.one_line_ends('model.py'):
         sys.exit(transcribe_clips(args))
@@ -953,7 +926,10 @@ def transcribe_clips(args: argparse.Namespace) -> bool:
     import monitor
     try:
         decoding = read_decoding(args)
-        checkpoint = with_text(load_checkpoint(args.checkpoint), args.lm_text)
+        checkpoint = load_checkpoint(args.checkpoint)
+        if args.lm_text is not None:
+            other = read_character_model(args.lm_text, checkpoint.alphabet)
+            checkpoint = checkpoint._replace(language_model=other)
     except (CheckpointError, data.DataError, ValueError) as error:
         sys.exit(f'model.py: {error}')
     if not args.clips:
@@ -976,7 +952,7 @@ def transcribe_clips(args: argparse.Namespace) -> bool:
                 print(f'{word.start:6.2f} {word.end:6.2f}  {word.confidence:.2f}  {word.text}')
         if args.plot:
             try:
-                plot_clip(checkpoint, wave, transcript, args.plot)
+                plot_clip(transcript, checkpoint, args.plot)
             except monitor.RunError as error:
                 sys.exit(f'model.py: {error}')
     return failed

@@ -38,22 +38,22 @@ from torch import Tensor, nn
 
 UNIFORM_ENTROPY = 0.95   # of ln V, a batch's mean entropy: above, the batch counts as uniform
 IGNORED = 0.05           # share of a healthy input dependence: below, the sound is ignored
-LEARNT = 0.1             # of the constant line: a validation loss below that is learnt,
-FALLING = 0.01           # where it falls by less than this share of the line in an epoch
-LEFT = 0.9               # of the constant line: batches' own lines differ by less than a tenth
-EARLY = 50               # updates whose median gradient is what the later ones are held against
-STREAK = 20              # updates in a row that make a vanished gradient, and a mean of the loss
+LEARNT = 0.1             # of the constant line: learnt, where the validation loss is below this
+FALLING = 0.01           # of the constant line: still falling, where an epoch lowers it by more
+LEFT = 0.9               # of the constant line: the plateau is left, where the loss is below this
+EARLY = 50               # updates; their median gradient norm is the reference for later ones
+WINDOW = 20              # updates over which gradient norms and the mean loss are judged
 VANISHED = 0.01          # of a part's early median gradient norm
 EXPLODED = 10            # times a part's early median gradient norm
-UNREACHED = 1e-3         # a part's gradient norm, as a share of the largest part's
-SLOW_CHANGE = 0.05       # of the weights' size in an epoch: below, they hardly move
-FAST_CHANGE = 2.0        # above, they are thrown about
+UNREACHED = 1e-3         # of the largest part's gradient norm: below, a part gets no gradient
+SLOW_CHANGE = 0.05       # of the weights' norm in an epoch: below, they hardly move
+FAST_CHANGE = 2.0        # above, they change too fast
 FEW_UPDATES = 500        # too few to leave the plateau
+CORRELATED = 0.3         # lengths of recordings and of their transcripts, at least
 # The space and the letters, most frequent first, per 100 letters of English (Norvig 2013, "English
 # letter frequency counts: Mayzner revisited").
 ENGLISH = (20.9, 12.49, 9.28, 8.04, 7.64, 7.57, 7.23, 6.51, 6.28, 5.05, 4.07, 3.82, 3.34, 2.73,
            2.51, 2.40, 2.14, 1.87, 1.68, 1.66, 1.48, 1.05, 0.54, 0.23, 0.16, 0.12, 0.09)
-CLEAR = '\x1b[K'         # ANSI escape: erase to the end of the line
 
 
 # ---- the ends of programs ------------------------------------------------------------------------
@@ -76,10 +76,11 @@ def one_line_ends(program: str, next_step: Callable[[], str] | None = None) -> I
     except KeyboardInterrupt:
         sys.exit(f'{program}: stopped' + (f'; {next_step()}' if next_step else ''))
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # nobody reads on, and Python would say so twice
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f'{program}: {error}; put that right' + (f'; then, {next_step()}' if next_step
-                                                          else ''))
+        reason = f'{error}; correct that'
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says it too
+            reason = 'stopped: the program that read its output has ended'
+        sys.exit(f'{program}: {reason}' + (f'; then, {next_step()}' if next_step else ''))
 
 
 # ---- error rates ---------------------------------------------------------------------------------
@@ -118,15 +119,17 @@ def edit_counts(reference: Sequence, hypothesis: Sequence) -> Edits:
                  counts % base)
 
 
-def bootstrap_interval(errors: Tensor, words: Tensor) -> list[float]:
-    """The middle 95 % of the word error rates of 1,000 samples of as many utterances.
+def bootstrap_interval(errors: Tensor, words: Tensor, samples: int = 1000) -> list[float]:
+    """The middle 95 % of the word error rates of samples of as many utterances, in per cent.
 
-    errors, words: (N,), by utterance. In per cent (Bisani & Ney 2004).
+    errors, words: (N,), by utterance (Bisani & Ney 2004).
     """
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(words), (1000, len(words)), generator=generator)
-    rates = 100 * errors[draws].sum(1) / words[draws].sum(1).clamp_min(1)
-    return rates.quantile(torch.tensor([0.025, 0.975])).tolist()
+    rates = []
+    for _ in range(samples):
+        draw = torch.randint(len(words), (len(words),), generator=generator)
+        rates.append(100 * errors[draw].sum() / words[draw].sum().clamp_min(1))
+    return torch.stack(rates).quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
 def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict:
@@ -164,7 +167,7 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
     targets: symbols by utterance; lengths: outputs by utterance, (N,). Both lines come from
     F.ctc_loss itself; the second is the best over the blank's share, the rest by letter frequency
     (letter shares that are free gain less than 2 % more). Up to 500 utterances count, fewer where
-    they are long, those that have labels and outputs enough; nan where none has.
+    they are long, of those that have labels and enough outputs for them; nan where none has.
     """
     step = max(1, math.ceil(len(targets) / 500), math.ceil(int(lengths.sum()) / 200_000))
     targets, lengths = targets[::step], lengths[::step]
@@ -192,15 +195,16 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
         return losses(distribution, chosen).mean().item()
 
     few = possible[::max(1, len(possible) // 16)]  # their best share is nearly that of all
-    # The loss falls with the blank's share and rises again, so each step leaves a third away.
-    low, high = 0.0, 1.0
+    # The loss falls with the labels' share, 1 - blank, and rises again, so each step discards a
+    # third. On a log scale: with many outputs a label the best share is far below a hundredth.
+    low, high = math.log(1e-5), 0.0
     while high - low > 0.02:
         left, right = low + (high - low) / 3, high - (high - low) / 3
-        if constant(left, few) < constant(right, few):
+        if constant(1 - math.exp(left), few) < constant(1 - math.exp(right), few):
             high = right
         else:
             low = left
-    return uniform[possible].mean().item(), constant((low + high) / 2, possible)
+    return uniform[possible].mean().item(), constant(1 - math.exp((low + high) / 2), possible)
 
 
 def plateau_fraction(loss: float, lines: tuple[float, float]) -> float:
@@ -235,10 +239,10 @@ def lines_of_lengths(outputs: int, labels: int, vocab_size: int) -> tuple[float,
 
 
 class Departures:
-    """The updates at which a run left the uniform line and the constant one; None before.
+    """The updates at which a run left each of the two plateaus; None until then.
 
-    It has left one when the mean loss of the last 20 updates is nearer to the constant line, and
-    the other when that mean is a tenth below it.
+    The uniform one is left when the mean loss of the last 20 updates is closer to the constant line
+    than to the uniform one; the constant one when that mean is below 90 % of its line.
     """
 
     def __init__(self, lines: tuple[float, float]):
@@ -246,15 +250,15 @@ class Departures:
         self.limits = {'left_uniform': (uniform + constant) / 2, 'left_constant': LEFT * constant}
         self.left = dict.fromkeys(self.limits)
         self.updates = 0
-        self.recent = deque(maxlen=STREAK)
+        self.recent = deque(maxlen=WINDOW)
 
     def add(self, loss: float) -> None:
         """The training loss of one update, in nats per label."""
         self.updates += 1
         self.recent.append(loss)
-        if len(self.recent) < STREAK:
+        if len(self.recent) < WINDOW:
             return
-        mean = sum(self.recent) / STREAK
+        mean = sum(self.recent) / WINDOW
         for line, limit in self.limits.items():
             if self.left[line] is None and mean < limit:
                 self.left[line] = self.updates
@@ -278,28 +282,27 @@ class Gradients:
     parts: {name: prefixes of its parameters' names}; without, each of the network's children is
     one. Raises ValueError where a parameter belongs to no part, or a part has none.
 
-    What is too small or too large, the run itself says: its first 50 updates. Fixed norms, such as
-    10 to 200, depend on the loss: summed over a batch and not averaged, ours of 0.1 to 10 would be
-    as many times larger as the batch has utterances and each of them labels.
+    Norms are judged against those of the run's own first 50 updates. Fixed norms, such as 10 to
+    200, depend on the loss: summed over a batch and not averaged, ours of 0.1 to 10 would be as
+    many times larger as the batch has utterances and each of them labels.
     """
 
     def __init__(self, network: nn.Module, parts: Mapping[str, Sequence[str]] | None = None):
-        if parts is None:
-            parts = {name: [f'{name}.'] for name, child in network.named_children()
-                     if any(True for _ in child.parameters())}
-            parts |= {name: [name] for name, _ in network.named_parameters(recurse=False)}
-        self.groups = {part: [] for part in parts}
+        self.groups = {part: [] for part in parts or ()}
         for name, parameter in network.named_parameters():
-            owners = [part for part, prefixes in parts.items() if name.startswith(tuple(prefixes))]
+            owners = [name.partition('.')[0]]  # a child, or a parameter of the network's own
+            if parts is not None:
+                owners = [part for part, prefixes in parts.items()
+                          if name.startswith(tuple(prefixes))]
             if not owners:
                 raise ValueError(f'{name} belongs to none of the parts {", ".join(parts)}; '
                                  'give its prefix to one')
-            self.groups[owners[0]].append(parameter)
+            self.groups.setdefault(owners[0], []).append(parameter)
         empty = [part for part, group in self.groups.items() if not group]
         if empty:
             raise ValueError(f'no parameter has a prefix of {", ".join(empty)}; correct the prefix')
-        self.first = {part: [] for part in parts}  # norms of the run's first updates, and its last
-        self.recent = {part: deque(maxlen=STREAK) for part in parts}
+        self.first = {part: [] for part in self.groups}  # norms of the run's first updates
+        self.recent = {part: deque(maxlen=WINDOW) for part in self.groups}  # and of its last
         self.reset()
 
     def reset(self) -> None:
@@ -359,22 +362,24 @@ class Gradients:
                 nn.utils.clip_grads_with_norm_(group, maximum, total)
         return True
 
-    def summary(self) -> dict[str, float | list[str]]:
+    def summary(self) -> dict:
         """The keys of the log that say what the gradients are like.
 
-        grad_norm, grad_PART   mean norms before clipping, in all and by part
+        grad_norm              mean norm before clipping, of all parts together
         grad_norm_max          the largest
-        clipped, nonfinite     share of updates that were cut, number of those left out
+        grad_parts             {part: its mean norm}
+        clipped, nonfinite     share of updates that were clipped, number of those left out
         vanished, exploded     parts whose norms of 20 updates were below a hundredth of their early
                                median, or had a median above ten times that
         """
-        means = {f'grad_{part}': sum(norms) / max(1, len(norms))
-                 for part, norms in self.norms.items()}
-        return means | {'grad_norm': sum(self.totals) / max(1, len(self.totals)),
-                        'grad_norm_max': max(self.totals, default=0),
-                        'nonfinite': self.nonfinite,
-                        'clipped': self.clipped / max(1, self.updates),
-                        'vanished': sorted(self.vanished), 'exploded': sorted(self.exploded)}
+        return {'grad_norm': sum(self.totals) / max(1, len(self.totals)),
+                'grad_norm_max': max(self.totals, default=0),
+                'grad_parts': {part: sum(norms) / max(1, len(norms))
+                               for part, norms in self.norms.items()},
+                'clipped': self.clipped / max(1, self.updates),
+                'nonfinite': self.nonfinite,
+                'vanished': sorted(self.vanished),
+                'exploded': sorted(self.exploded)}
 
 
 def valid_frames(frames: int, lengths: Tensor) -> Tensor:
@@ -491,11 +496,11 @@ def judged_by(record: Mapping) -> tuple[float, float, float]:
 def phase_evidence(record: Mapping) -> str:
     """The figures that name_phase went by, in words."""
     split = 'validation' if 'valid_loss' in record else 'training'
-    way = record.get('valid_way', record['train_way'])
+    fraction = record.get('valid_plateau_fraction', record['train_plateau_fraction'])
     _, entropy, dependence = judged_by(record)
-    words = (f'the {split} loss has come {way:.0%} of the way from the uniform to the constant '
-             f'line, the entropy is {entropy:.0%} of the largest, the output depends on the sound '
-             f'{dependence:.0%} as much as one output a label would show')
+    words = (f'the {split} loss has come {fraction:.0%} of the way from the uniform to the '
+             f'constant line, the entropy is {entropy:.0%} of the largest, the output depends on '
+             f'the sound {dependence:.0%} as much as if each label had exactly one output')
     if 'deletions' in record:
         words += f', {record["deletions"]:.0%} of the words are left out'
     return words
@@ -503,26 +508,28 @@ def phase_evidence(record: Mapping) -> str:
 
 # ---- what is wrong -------------------------------------------------------------------------------
 
-def part_norms(record: Mapping) -> dict[str, float]:
-    """{part: mean gradient norm} of an epoch."""
-    return {key.removeprefix('grad_'): norm for key, norm in record.items()
-            if key.startswith('grad_') and key not in ('grad_norm', 'grad_norm_max')}
+def parts_without_gradient(record: Mapping) -> list[str]:
+    """The parts whose gradient vanished, or is below a thousandth of the largest part's."""
+    norms = record['grad_parts']
+    return [part for part, norm in norms.items()
+            if part in record['vanished'] or norm < UNREACHED * max(norms.values())]
 
 
 def gradient_warnings(record: Mapping) -> Iterator[str]:
     """What is wrong with an epoch's gradients, by part."""
     for part in record['exploded']:
-        yield (f'exploding gradient in the {part}: norm {record[f"grad_{part}"]:.1e}, over '
+        yield (f'exploding gradient in the {part}: norm {record["grad_parts"][part]:.1e}, over '
                f'{EXPLODED} times that of the first {EARLY} updates; lower --learning_rate')
     if record['phase'] not in ('uniform', 'constant'):
         return  # what has been learnt needs no gradient any more
-    norms = part_norms(record)
+    norms = record['grad_parts']
     strongest = max(norms, key=norms.get)
-    for part, norm in norms.items():
-        if part in record['vanished'] or norm < UNREACHED * norms[strongest]:
-            yield (f'vanishing gradient in the {part}: norm {norm:.1e}, the largest is '
-                   f'{norms[strongest]:.1e} in the {strongest}; look at the initialisation of what '
-                   'lies above that part')
+    for part in parts_without_gradient(record):
+        evidence = f'norm {norms[part]:.1e}, that of the {strongest} {norms[strongest]:.1e}'
+        if part in record['vanished']:
+            evidence = f'for {WINDOW} updates below {VANISHED:.0%} of that of the first {EARLY}'
+        yield (f'vanishing gradient in the {part}: {evidence}; check the initialisation of the '
+               'layers above that part')
 
 
 def diagnose(record: Mapping) -> list[str]:
@@ -536,8 +543,9 @@ def diagnose(record: Mapping) -> list[str]:
         warnings.append('negative CTC loss, which no probabilities give; apply log_softmax to the '
                         'outputs, and keep the blank out of the targets')
     warnings += gradient_warnings(record)
-    if batch_norm_differs(record):
-        warnings.append(batch_norm_warning(record))
+    batch_norm = batch_norm_warning(record)
+    if batch_norm:
+        warnings.append(batch_norm)
     elif record['phase'] == 'uniform':
         warnings.append('uniform output: every symbol is nearly equally likely; if it lasts beyond '
                         'the first epochs, raise --learning_rate')
@@ -548,74 +556,77 @@ def diagnose(record: Mapping) -> list[str]:
     return warnings
 
 
-def batch_norm_differs(record: Mapping) -> bool:
-    """Whether a network that has begun to learn does worse in eval mode on what it learns from."""
+def batch_norm_warning(record: Mapping) -> str | None:
+    """What is wrong where a network that has begun to learn does worse on its training utterances
+    in eval mode, else None."""
     in_training, in_eval = record['train_loss'], record['train_eval_loss']
-    return record['left_constant'] is not None and in_eval > 1.5 * in_training + 0.1
+    if record['left_constant'] is None or in_eval <= 1.5 * in_training + 0.1:
+        return None
+    return (f'the loss of training utterances is {in_eval:.3f} in eval mode, {in_training:.3f} in '
+            "training: batch norm's running statistics are not those of its batches; give them a "
+            'larger momentum, or make more updates')
 
 
-def batch_norm_warning(record: Mapping) -> str:
-    """What that means."""
-    return (f"the loss of training utterances is {record['train_eval_loss']:.3f} in eval mode, "
-            f"{record['train_loss']:.3f} in training: batch norm's running statistics are not "
-            'those of its batches; give them a larger momentum, or make more updates')
+def unrelated_lengths(correlation: float | None) -> str | None:
+    """What is wrong where the lengths of recordings and transcripts hardly correlate, else None."""
+    if correlation is None or correlation >= CORRELATED:
+        return None
+    return ('recordings and transcripts do not belong together: their lengths have a correlation '
+            f'of {correlation:.2f}, in speech it is above 0.5; listen to five recordings and '
+            'compare their texts')
 
 
-def unrelated_lengths(correlation: float | None) -> bool:
-    """Whether recordings and transcripts look as if they were not each other's, by their
-    lengths."""
-    return correlation is not None and correlation < 0.3
-
-
-def stuck_reason(log: Sequence[Mapping], settings: Mapping) -> str:
+def stuck_reason(log: Sequence[Mapping], config: Mapping) -> str:
     """Why a run has not left its plateau, and what to try first."""
     last = log[-1]
     updates = last['updates']
     moved = max(record['weight_change'] for record in log)
-    correlation = settings.get('length_correlation')
-    if unrelated_lengths(correlation):
-        return ('recordings and transcripts do not belong together: their lengths have a '
-                f'correlation of {correlation:.2f}, in speech it is above 0.5; '
-                'listen to five files beside their texts')
+    unrelated = unrelated_lengths(config.get('length_correlation'))
+    if unrelated:
+        return unrelated
     if moved < SLOW_CHANGE:
         return (f'the weights hardly move: at most {moved:.1%} of their size in an epoch; raise '
                 '--learning_rate tenfold')
     if moved > FAST_CHANGE:
-        return (f'the weights are thrown about: {moved:.0%} of their size in an epoch; lower '
+        return (f'the weights change too fast: by {moved:.0%} of their size in an epoch; lower '
                 '--learning_rate to a tenth')
-    if any('vanishing' in warning for warning in last['warnings']):
+    if parts_without_gradient(last):
         return ('the gradient does not reach every part of the network; see the warning, and '
                 'what initialises the layers above that part')
     if updates < FEW_UPDATES:
         return (f'{updates} updates are few: with this many outputs a label the plateau lasts '
                 f'some {FEW_UPDATES} and more; raise --epochs, or lower --batch_size')
-    return (f'the plateau was not left in {updates} updates, though gradients and steps are of a '
+    return (f'still on the plateau after {updates} updates, though gradients and steps are of a '
             'healthy size; can it learn ten utterances (train.py --overfit 10)? If so, give it '
             'fewer outputs a label (--frames_per_output)')
 
 
-def explain(log: Sequence[Mapping], settings: Mapping) -> Iterator[str]:
+def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
     """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
     last = log[-1]
     yield f'phase: {last["phase"]}; {phase_evidence(last)}'
     for line in 'uniform', 'constant':
         update = last[f'left_{line}']
-        yield f'the {line} line was left ' + (f'at update {update}' if update else 'never')
+        yield f'left the {line} plateau: ' + (f'at update {update}' if update else 'never')
     if 'wer' in last:
         best = best_epoch(log)
         yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
                f"CER {best['cer']:.2f} %")
-    if batch_norm_differs(last):
-        step = batch_norm_warning(last)
+    step = batch_norm_warning(last)
+    if step:
+        pass
     elif last['phase'] in ('uniform', 'constant') and last['left_constant'] is not None:
-        step = ('what is learnt serves the training utterances alone; more of them, and see '
-                'whether recordings and transcripts belong together')
+        step = ('the network fits the training utterances alone; get more of them, and check that '
+                'each transcript belongs to its recording')
     elif last['phase'] in ('uniform', 'constant'):
-        step = stuck_reason(log, settings)
-    elif last['nonfinite'] or (last['clipped'] > 0.9 and last['train_way'] < 1.1):
-        step = 'updates are lost or cut; halve --learning_rate'
+        step = stuck_reason(log, config)
+    elif last['nonfinite'] or (last['clipped'] > 0.9 and last['train_plateau_fraction'] < 1.1):
+        step = 'many updates are skipped or clipped; halve --learning_rate'
     elif 'wer' not in last:
-        step = 'nothing was validated; give --valid_data to learn more'
+        step = 'there is no validation data; give --valid_data'
+    elif last['wer'] > 80 and last['cer'] < 25:
+        step = ('the letters are right and the words are not; is the space a symbol of its own, '
+                'and not the blank?')
     elif last['wer'] == 0:
         step = 'there are no errors left to learn from; take harder --valid_data'
     elif last['valid_loss'] > 2 * last['train_loss']:
@@ -636,22 +647,22 @@ def best_epoch(log: Sequence[Mapping]) -> Mapping:
 
 @torch.no_grad()
 def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor,
-              blank: int = 0) -> list[str]:
+              blank: int = 0, untrained: bool = False) -> list[str]:
     """What is wrong with a batch as F.ctc_loss takes it, in words, each with a next step.
 
     log_probs (T, B, V); targets (B, S), or (sum of target_lengths,); both lengths (B,). Shapes come
-    first, then symbols, normalisation and lengths, and what the outputs say only where all these
-    are right: then [] means that the network has begun to learn.
+    first, then symbols, normalisation and lengths. Where all these are right, it is judged what the
+    outputs have learnt, and [] means that the network has begun to; untrained: that is left out.
     """
     try:
         log_probs = torch.as_tensor(log_probs).detach().cpu().float()
         targets = torch.as_tensor(targets).cpu()
         lengths = [torch.as_tensor(x).cpu().reshape(-1) for x in (input_lengths, target_lengths)]
     except (TypeError, ValueError, RuntimeError) as error:
-        return [f'the arguments are no tensors ({error}); give those of F.ctc_loss']
+        return [f'the arguments are not tensors ({error}); give those of F.ctc_loss']
     if any(x.is_floating_point() for x in (targets, *lengths)):
-        return ['targets or lengths are no whole numbers; where lengths are shares of the longest, '
-                'multiply them by its number of outputs, and round']
+        return ['targets or lengths are not whole numbers; where lengths are shares of the '
+                'longest, multiply them by its number of outputs, and round']
     input_lengths, target_lengths = lengths
     shape_fault = wrong_shape(log_probs, targets, input_lengths, target_lengths)
     if shape_fault:
@@ -665,7 +676,9 @@ def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_
     findings = [*check_symbols(texts, log_probs.shape[2], blank),
                 *check_normalisation(log_probs, input_lengths),
                 *check_lengths(log_probs, texts, input_lengths)]
-    return findings or list(check_outputs(log_probs, texts, input_lengths, blank))
+    if findings or untrained:
+        return findings
+    return list(check_outputs(log_probs, texts, input_lengths, blank))
 
 
 def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
@@ -705,7 +718,7 @@ def split_targets(targets: Tensor, target_lengths: Tensor) -> list[list[int]]:
 
 
 def check_symbols(texts: Sequence[Sequence[int]], vocab_size: int, blank: int) -> Iterator[str]:
-    """Targets that are no labels."""
+    """Targets that are not labels."""
     symbols = [symbol for text in texts for symbol in text]
     blanks = symbols.count(blank)
     if blanks:
@@ -718,7 +731,7 @@ def check_symbols(texts: Sequence[Sequence[int]], vocab_size: int, blank: int) -
 
 
 def check_normalisation(log_probs: Tensor, input_lengths: Tensor) -> Iterator[str]:
-    """Outputs that are no logarithms of probabilities."""
+    """Outputs that are not logarithms of probabilities."""
     valid = valid_frames(log_probs.shape[0], input_lengths)            # (B, T)
     outputs = log_probs.transpose(0, 1)[valid]                         # (N, V)
     if outputs.isnan().any() or outputs.isposinf().any():
@@ -793,8 +806,8 @@ def check_outputs(log_probs: Tensor, texts: Sequence[Sequence[int]], input_lengt
         yield (f'every utterance gets the same outputs; {where}; see whether the sound reaches the '
                'network: inputs that are all zero, a layer that is dead or cut off')
     elif summary['dependence_share'] > IGNORED and loss > constant:
-        yield (f'the output depends on the sound, and yet {where}; see whether texts and sounds '
-               "belong together, and whether blank and alphabet are the network's own")
+        yield (f'the output depends on the sound, and yet {where}; check that each transcript '
+               "belongs to its recording, and that blank and alphabet are the network's own")
     elif phase == 'uniform':
         yield (f'phase uniform: {where}; every network starts here; if it stays for hundreds of '
                'updates, raise the learning rate, or initialise the head with larger weights')
@@ -805,19 +818,14 @@ def check_outputs(log_probs: Tensor, texts: Sequence[Sequence[int]], input_lengt
 
 # ---- lines on the terminal -----------------------------------------------------------------------
 
-def on_terminal() -> bool:
-    """Whether someone sees live lines; standard error may be closed."""
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
 def legend(lines: tuple[float, float]) -> str:
     """What the epochs' lines mean, for the first lines of a run."""
     uniform, constant = lines
     return (f'loss: CTC in nats per label; {uniform:.2f} if all symbols are equally likely, where '
-            f'training starts;\n    {constant:.2f} for the best guess without listening, where '
-            'stuck models stay; below that it learns\n'
-            'gradient: mean norm; blank: outputs that say nothing; sound: how much the outputs '
-            'depend on it,\n    0 % if they ignore it, about 100 % once each label has its output\n'
+            f'training starts;\n    {constant:.2f} for the best output that ignores the sound, '
+            'where stuck models stay; below that it learns\n'
+            'gradient: mean norm; blank: share of the outputs; sound: how much the outputs depend '
+            'on it,\n    0 % if they ignore it, about 100 % once each label has its output\n'
             'at the end of a line: uniform or constant output (a plateau), learning, or learnt')
 
 
@@ -835,30 +843,17 @@ def epoch_line(record: Mapping) -> str:
 
 def print_epoch(record: Mapping, sentence: tuple[str, str, str] | None) -> None:
     """Print an epoch's lines; sentence: (said, heard, symbols of its outputs), None without any."""
-    start = '\r' + CLEAR if on_terminal() else ''
-    print(start + epoch_line(record))
+    print(epoch_line(record), flush=True)
     if sentence:
-        said, heard, strip = sentence
-        print(f'     said {said}\n    heard {heard}\n          {strip}', flush=True)
-
-
-def show_progress(update: int, updates: int, loss: float, seconds: float) -> None:
-    """A live line on a terminal, and nothing elsewhere.
-
-    Updates done and to do in all, the epoch's mean loss so far, the time left at `seconds` an
-    update.
-    """
-    if on_terminal():
-        minutes, rest = divmod(int(seconds * (updates - update)), 60)
-        print(f'\rupdate {update}/{updates}  loss {loss:.3f}  {minutes} min {rest:02d} s left',
-              end=CLEAR, file=sys.stderr, flush=True)
+        said, heard, path = sentence
+        print(f'     said {said}\n    heard {heard}\n          {path}', flush=True)
 
 
 # ---- reading and comparing runs ------------------------------------------------------------------
 
-# Of config.json: what tells nothing about how a run was made, or follows from the rest.
+# Of config.json: keys that are not settings, or follow from others.
 NO_SETTINGS = ('run_dir', 'resume', 'data', 'plateaus', 'valid_plateaus', 'length_correlation',
-               'vocab_size', 'workers', 'threads', 'device', 'begun', 'undo', 'only')
+               'vocab_size', 'workers', 'threads', 'device', 'undo', 'only')
 
 
 class RunError(Exception):
@@ -890,7 +885,7 @@ def read_log(path: Path) -> tuple[list[dict], bool]:
             log.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise RunError(f'{path}:{number}: is no JSON; the log is damaged') from None
+                raise RunError(f'{path}:{number}: is not JSON; the log is damaged') from None
             return log, True
     return log, False
 
@@ -913,7 +908,8 @@ def read_run(folder: str | Path) -> Run:
         if (folder / 'results.json').exists():
             results = json.loads((folder / 'results.json').read_text())
         if not isinstance(config, dict) or not isinstance(results, dict):
-            raise TypeError('config.json or results.json is no object')
+            raise RunError(f'{folder}: config.json or results.json is not a JSON object; name a '
+                           'run folder')
         if config and not log:
             raise RunError(f'{folder}: has no whole epoch yet; wait for the first')
         if not log and not results:
@@ -924,25 +920,22 @@ def read_run(folder: str | Path) -> Run:
         if results.get(split):
             sentences = read_sentences(folder / f'{split}.tsv')
         return Run(str(folder), config, log, torn, split, results.get(split) or {}, sentences)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f'{folder}: holds no whole run of train.py ({error!r}); name a run '
                        'folder') from None
 
 
 def print_run(run: Run) -> None:
-    """Print a run by epochs, and how to go on. Raises RunError."""
+    """Print a run by epochs, and how to go on."""
     print(run.name)
-    try:
-        for record in run.log:
-            print(epoch_line(record))
-        if run.torn:
-            print('the last line of the log is cut off, and left out here')
-        if run.log:
-            print(*explain(run.log, run.config), sep='\n')
-        if run.rates:
-            print(table([SCORES, score_row(run)]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f'{run.name}: log.jsonl lacks what train.py writes ({error!r})') from None
+    for record in run.log:
+        print(epoch_line(record))
+    if run.torn:
+        print('the last line of the log is cut off, and left out here')
+    if run.log:
+        print(*explain(run.log, run.config), sep='\n')
+    if run.rates:
+        print(table([SCORES, score_row(run)]))
 
 
 def table(rows: Sequence[Sequence]) -> str:
@@ -953,7 +946,7 @@ def table(rows: Sequence[Sequence]) -> str:
     return '\n'.join(line.rstrip() for line in lines)
 
 
-SCORES = ['run', 'scored', 'WER %', 'S', 'I', 'D', 'CER %', 'wrong sentences %', 'best epoch',
+SCORES = ['run', 'scored', 'WER %', 'S', 'I', 'D', 'CER %', 'SER %', 'best epoch',
           'minutes']
 
 
@@ -966,28 +959,30 @@ def score_row(run: Run) -> list:
         return [run.name, 'not finished', '', '', '', '', '', '', best, minutes]
     rates = run.rates
     return [run.name, run.split, f'{rates["wer"]:.2f}', rates['substitutions'], rates['insertions'],
-            rates['deletions'], f'{rates["cer"]:.2f}', f'{rates.get("ser", math.nan):.1f}', best,
+            rates['deletions'], f'{rates["cer"]:.2f}', f'{rates["ser"]:.1f}', best,
             minutes]
 
 
-SPREAD = ['the same but for the seed', 'runs', 'WER %', '+-', 'loss', 'way %', 'plateau left at']
+SPREAD = ['runs that differ by their seed', 'runs', 'WER %', '+-', 'loss', 'plateau %',
+          'left it at update']
 
 
 def spread_row(group: Sequence[Run]) -> list:
     """What runs that differ by their seed alone come to, as cells of a table.
 
-    WER: mean and standard deviation; loss, and its way from the uniform (0 %) to the constant line
-    (100 %): means of the last epoch, by validation if there is one; the updates at which the
-    constant line was left.
+    WER: mean and standard deviation; loss, and how far it has come from the uniform (0 %) to the
+    constant line (100 %): means of the last epoch, by validation if there is one; the updates at
+    which the constant plateau was left.
     """
     rates = torch.tensor([run.rates['wer'] for run in group], dtype=torch.float64)
     last = [run.log[-1] for run in group if run.log]
     losses = [record.get('valid_loss', record['train_loss']) for record in last]
-    ways = [record.get('valid_way', record['train_way']) for record in last]
+    fractions = [record.get('valid_plateau_fraction', record['train_plateau_fraction'])
+                 for record in last]
     left = [str(record.get('left_constant') or 'never') for record in last]
     return [' '.join(Path(run.name).name for run in group), len(group), f'{rates.mean():.2f}',
             f'{rates.std():.2f}' if len(group) > 1 else '',
-            f'{sum(losses) / len(losses):.3f}', f'{100 * sum(ways) / len(ways):.0f}',
+            f'{sum(losses) / len(losses):.3f}', f'{100 * sum(fractions) / len(fractions):.0f}',
             ' '.join(left)]
 
 
@@ -1014,13 +1009,7 @@ def paired_bootstrap(one: Run, two: Run) -> tuple[float, list[float]]:
         errors.append(torch.tensor([edit_counts(said.split(), heard.split()).cost
                                     for _, said, heard, *_ in run.sentences]))
     more = errors[1] - errors[0]
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for _ in range(10_000):
-        draw = torch.randint(len(words), (len(words),), generator=generator)
-        samples.append(100 * more[draw].sum() / words[draw].sum().clamp_min(1))
-    interval = torch.stack(samples).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return (100 * more.sum() / words.sum()).item(), interval
+    return (100 * more.sum() / words.sum()).item(), bootstrap_interval(more, words, 10_000)
 
 
 def print_comparison(runs: Sequence[Run]) -> None:
@@ -1038,7 +1027,7 @@ def print_comparison(runs: Sequence[Run]) -> None:
         said = [[sentence[:2] for sentence in run.sentences] for run in runs]
         if said[0] == said[1]:
             more, (low, high) = paired_bootstrap(one, two)
-            verdict = 'no difference that this test can show'
+            verdict = 'no significant difference'
             if low > 0 or high < 0:
                 verdict = f'{(one if low > 0 else two).name} is better'
             print(f'paired bootstrap: the second has {more:+.2f} points of WER '
@@ -1055,7 +1044,8 @@ LINE_STYLES = ('-', '--', ':', '-.')
 
 
 def load_pyplot():
-    """matplotlib.pyplot, for files alone. Raises RunError where matplotlib is not installed."""
+    """matplotlib.pyplot, which draws into files only. Raises RunError where it is not
+    installed."""
     try:
         import matplotlib
     except ImportError:
@@ -1139,9 +1129,9 @@ def plot_error_rates(axes, runs: Sequence[Run]) -> None:
 def plot_gradients(axes, runs: Sequence[Run]) -> None:
     """Mean gradient norms by part of the network."""
     for run, colour in zip(runs, itertools.cycle(COLOURS)):
-        for part, style in zip(part_norms(run.log[0]), itertools.cycle(LINE_STYLES)):
+        for part, style in zip(run.log[0]['grad_parts'], itertools.cycle(LINE_STYLES)):
             axes.plot([record['epoch'] for record in run.log],
-                      [max(part_norms(record)[part], 1e-9) for record in run.log], style,
+                      [max(record['grad_parts'][part], 1e-9) for record in run.log], style,
                       color=colour, label=part if run is runs[0] else None)
     logarithmic(axes)
     axes.set_ylabel('gradient norm (nats per label)')
@@ -1154,18 +1144,15 @@ def plot_runs(runs: Sequence[Run], path: str) -> None:
     figure, axes = pyplot.subplot_mosaic(
         [['loss', 'wer'], ['loss', 'gradients'], ['phases', 'gradients']],
         figsize=(10, 5.5), height_ratios=[3, 2, 0.5 + 0.3 * len(runs)], layout='constrained')
-    try:
-        plot_losses(axes['loss'], runs)
-        plot_phases(axes['phases'], runs)
-        plot_error_rates(axes['wer'], runs)
-        plot_gradients(axes['gradients'], runs)
-        epochs = max(record['epoch'] for run in runs for record in run.log)
-        for panel in axes.values():
-            panel.set_xlim(0.5, epochs + 0.5)
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.set_xlabel('epoch')
-    except (KeyError, IndexError) as error:
-        raise RunError(f'--plot: a run lacks what train.py writes ({error!r})') from None
+    plot_losses(axes['loss'], runs)
+    plot_phases(axes['phases'], runs)
+    plot_error_rates(axes['wer'], runs)
+    plot_gradients(axes['gradients'], runs)
+    epochs = max(record['epoch'] for run in runs for record in run.log)
+    for panel in axes.values():
+        panel.set_xlim(0.5, epochs + 0.5)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set_xlabel('epoch')
     save_picture(figure, path)
     print(f'{path}: losses, phases, error rates and gradients of {len(runs)} runs')
 
@@ -1182,7 +1169,7 @@ def print_lines(outputs: int, labels: int, vocab_size: int) -> None:
           f'{constant:.2f} nats a label: the best output that ignores the sound; a loss that stays '
           'near it has learnt nothing\n'
           f'of {labels} labels in {outputs} outputs, {vocab_size} symbols with the blank, as '
-          'frequent as the letters of English; where the\nloss is a sum over labels, as '
+          'frequent as the letters of English;\nwhere the loss is a sum over labels, as '
           f"reduction='none' gives it: {uniform * labels:.1f} and {constant * labels:.1f} an "
           'utterance')
 
@@ -1207,30 +1194,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def report(args: argparse.Namespace) -> bool:
     """Print what the flags ask for -> whether a run could not be read."""
     runs = []
-    failed = False
     for folder in args.run:
         try:
-            run = read_run(folder)
-            if len(args.run) == 1:
-                print_run(run)
-            runs.append(run)
+            runs.append(read_run(folder))
         except RunError as error:
             print(f'monitor.py: {error}', file=sys.stderr)
-            failed = True
     try:
         if args.lines:
             print_lines(*args.lines)
         if len(runs) > 1:
             print_comparison(runs)
-        elif runs and failed:
+        elif runs:
             print_run(runs[0])
         if args.plot and runs:
             plot_runs(runs, args.plot)
     except RunError as error:
         sys.exit(f'monitor.py: {error}')
-    except (KeyError, TypeError, ValueError) as error:
-        sys.exit(f'monitor.py: a run lacks what train.py writes ({error!r}); look at each alone')
-    return failed
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        sys.exit(f'monitor.py: a run lacks what train.py writes ({error!r}); read each run alone')
+    return len(runs) < len(args.run)
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -213,16 +213,16 @@ def by_heart(tmp_path_factory):
 # ---- model: settings -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize('config,complaint', [
-    ({'frames_per_output': 0}, 'frames_per_output is 1, 2 or 4'),
-    ({'frames_per_output': 3}, 'frames_per_output is 1, 2 or 4'),
-    ({'frames_per_output': 8}, 'frames_per_output is 1, 2 or 4'),
-    ({'blocks': 1}, 'blocks is 2 to 11'),
-    ({'blocks': 12}, 'blocks is 2 to 11'),
-    ({'dropout': -0.1}, 'dropout is 0 to less than 1'),
-    ({'dropout': 1.0}, 'dropout is 0 to less than 1'),
-    ({'deep_path': 'both'}, 'deep_path is gated or alone'),
-    ({'upsample': 'repeat'}, 'upsample is interpolate or transpose'),
-    ({'output_init': 'zero'}, 'output_init is xavier or normal'),
+    ({'frames_per_output': 0}, 'frames_per_output must be 1, 2 or 4'),
+    ({'frames_per_output': 3}, 'frames_per_output must be 1, 2 or 4'),
+    ({'frames_per_output': 8}, 'frames_per_output must be 1, 2 or 4'),
+    ({'blocks': 1}, 'blocks must be 2 to 11'),
+    ({'blocks': 12}, 'blocks must be 2 to 11'),
+    ({'dropout': -0.1}, 'dropout must be at least 0 and below 1'),
+    ({'dropout': 1.0}, 'dropout must be at least 0 and below 1'),
+    ({'deep_path': 'both'}, 'deep_path must be gated or alone'),
+    ({'upsample': 'repeat'}, 'upsample must be interpolate or transpose'),
+    ({'output_init': 'zero'}, 'output_init must be xavier or normal'),
 ])
 def test_config_rejects_what_is_out_of_range(config, complaint):
     with pytest.raises(ValueError, match=complaint):
@@ -252,7 +252,7 @@ def test_output_length_is_exact(frames_per_output):
         assert n.tolist() == promised[chunk[0] - 1:chunk[-1]]
         assert log_probs.shape[1] == n[-1]
     for t, outputs in enumerate(promised, 1):
-        features = network.features(zeros(t), torch.tensor([t]))
+        features = network.before_lstm(zeros(t), torch.tensor([t]))
         assert features.shape[1] == outputs
 
 
@@ -302,7 +302,7 @@ def test_outputs_are_centred_on_their_input(frames_per_output, config):
     clicks = torch.arange(160, 224)
     mels = zeros(384, clips=64)
     mels[range(64), 0, clicks] = 1
-    features = network.features(mels, torch.full((64,), 384))  # of silence they would be zero
+    features = network.before_lstm(mels, torch.full((64,), 384))  # of silence they would be zero
     change = features.double().abs().sum(2)
     # The middle of the mel frames that each output stands for.
     middles = torch.arange(change.shape[1]) * frames_per_output + (frames_per_output - 1) / 2
@@ -353,11 +353,11 @@ def test_the_gate_lets_a_tenth_of_the_deep_path_pass():
     """Without the gate, what is left is the early path; doubled, the deep path's share doubles."""
     network = make_network(**NARROW).eval()
     mels, lengths = torch.randn(1, 1, 40, 16), torch.tensor([40])
-    both = network.features(mels, lengths)
+    both = network.before_lstm(mels, lengths)
     network.gate.mul_(2)
-    doubled = network.features(mels, lengths)
+    doubled = network.before_lstm(mels, lengths)
     network.gate.zero_()
-    early = network.features(mels, lengths)
+    early = network.before_lstm(mels, lengths)
     assert torch.allclose(doubled - early, 2 * (both - early), atol=1e-6)
     assert not torch.equal(both, early)
     assert make_network(**NARROW).gate.tolist() == pytest.approx([0.1] * 16)
@@ -690,7 +690,7 @@ def test_beam_search_of_a_long_clip_neither_fades_nor_forgets():
     """20,000 outputs, whose probability as a number would be zero: every letter is found."""
     paths = torch.tensor([0, 1, 0, 2] * 5000)
     log_probs = (8.0 * F.one_hot(paths, 3)).log_softmax(1)
-    text = model.beam_decode(log_probs, ['', 'a', 'b'], decoding=model.Decoding(width=4))
+    text = model.beam_decode(log_probs, ['', 'a', 'b'], None, model.Decoding(width=4))
     assert text == 'ab' * 5000
 
 
@@ -705,7 +705,8 @@ def test_clips_are_decoded_by_beam_search(by_heart, tmp_path, capsys):
 
 @pytest.mark.parametrize('flags,words', [
     (['--beam=-1'], '--beam is 0 to 1000'),
-    (['--lm_weight=nan'], '--lm_weight is 0 to 100'),
+    (['--beam=4', '--lm_weight=nan'], '--lm_weight is 0 to 100'),
+    (['--lm_weight=0.1'], '--lm_weight is for beam search'),
     (['--beam=4', '--lm_text=no.txt'], '--lm_text no.txt: cannot be read as text'),
     (['--beam=4', '--lm_text=digits.txt'], 'digits.txt: holds no line in the characters'),
     (['--lm_text=digits.txt'], '--lm_text is for beam search'),
@@ -751,8 +752,8 @@ def test_words_are_split_at_spaces():
 
 
 @pytest.mark.parametrize('loudness,edges,expected', [
-    ([-2] * 4 + [0] * 20, [(6, 8)], [(4, 8 + model.FADE)]),              # where the sound begins
-    ([0] * 40, [(14, 16)], [(14 - model.ONSET, 16 + model.FADE)]),       # not endlessly
+    ([-2] * 4 + [0] * 20, [(6, 8)], [(4, 8 + model.RELEASE)]),              # where the sound begins
+    ([0] * 40, [(14, 16)], [(14 - model.MAX_ONSET, 16 + model.RELEASE)]),       # not endlessly
     ([0] * 30, [(2, 8), (18, 22)], [(0, 14), (14, 29)]),                 # 0.6 of the gap
     ([0] * 10, [(0, 5), (5, 10)], [(0, 5), (5, 10)]),                    # nothing between
     ([-2] * 30, [(2, 3), (18, 25)], [(2, 10), (18, 30)]),
@@ -826,7 +827,7 @@ def test_a_checkpoint_describes_itself(part, by_heart, capsys):
 
 def test_another_file_is_no_checkpoint(tmp_path):
     (tmp_path / 'x.pt').write_text('x')
-    assert 'is no checkpoint' in exit_code(model.main, tmp_path / 'x.pt', 'a.wav')
+    assert 'is not a checkpoint' in exit_code(model.main, tmp_path / 'x.pt', 'a.wav')
 
 
 def test_checkpoints_load_and_decode_alike(first_run, corpus):
@@ -1027,8 +1028,7 @@ def test_unknown_characters_have_no_symbol():
 def test_what_ctc_cannot_learn(frames_per_output, unlearnable):
     """Of 20 frames; "hello" needs 6 outputs, "abc" 3."""
     utterances = make_utterances(['hello', 'abc'], duration=0.2)
-    alphabet = data.make_alphabet(utterances)
-    assert len(data.unlearnable(utterances, alphabet, frames_per_output)) == unlearnable
+    assert len(data.unlearnable(utterances, frames_per_output)) == unlearnable
 
 
 # ---- data: batches and augmentation --------------------------------------------------------------
@@ -1151,16 +1151,16 @@ def test_masks_are_zero_and_leave_the_rest(mels_of):
 @pytest.mark.parametrize('line,complaint', [
     ('{"audio_filepath": "0.wav"}', "manifest.jsonl:2: has '' for its text (or sentence, transcri"),
     ('{"audio_filepath": "no.wav", "text": "a"}', 'no.wav'),
-    ('{"audio_filepath": "no.wav", "text": "a", "duration": 1}', 'is no file'),
+    ('{"audio_filepath": "no.wav", "text": "a", "duration": 1}', 'is not a file'),
     ('{"audio_filepath": "0.wav", "text": " "}', "has ' ' for its text"),
     ('{"audio_filepath": "0.wav", "text": 5}', 'has 5 for its text'),
     ('{"audio_filepath": 3, "text": "a"}', 'has 3 for its audio_filepath'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": NaN}', 'its duration is nan'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": "long"}', 'manifest.jsonl:2'),
     ('{"audio_filepath": "manifest.jsonl", "text": "a"}', 'Error opening'),
-    ('[1]', 'manifest.jsonl:2: is no JSON object'),
+    ('[1]', 'manifest.jsonl:2: is not a JSON object'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": 5}', 'not 5.00 as its duration says'),
-    ('{"audio_filepath": "0.wav", "text": "\\ud800"}', 'no UTF-8 text'),
+    ('{"audio_filepath": "0.wav", "text": "\\ud800"}', 'not UTF-8 text'),
     ('yes', 'manifest.jsonl:2: is not a line of JSON'),
     (json_row('0.wav', ' '.join('abcdefgh' * 4)), '0.wav'),
 ])
@@ -1173,7 +1173,7 @@ def test_bad_data_ends_in_one_line(line, complaint, tmp_path):
                         '--run_dir', run)
     fault, count = message.split('\n')
     assert complaint in fault
-    assert count == '1 broken; --skip_bad goes on without them'
+    assert count == 'utterances that cannot be used: 1; --skip_bad leaves them out'
     assert not (run / 'last.pt').exists()
 
 
@@ -1410,9 +1410,9 @@ def test_a_day_of_silence_is_refused_by_its_header(tmp_path):
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / 'pipe')
-    assert 'is no regular file' in reading_error(tmp_path / 'pipe')
-    assert 'is no regular file' in reading_error('/dev/zero')
-    assert 'is no regular file' in exit_code(model.main, tmp_path / 'pipe')
+    assert 'is not a regular file' in reading_error(tmp_path / 'pipe')
+    assert 'is not a regular file' in reading_error('/dev/zero')
+    assert 'is not a regular file' in exit_code(model.main, tmp_path / 'pipe')
 
 
 @pytest.mark.parametrize('name', ['-', '/dev/stdin'])
@@ -1457,6 +1457,15 @@ def test_a_file_listed_twice_is_held_out_whole(tmp_path):
     assert not {u.path for u in held.train} & {u.path for u in held.valid}
 
 
+def test_of_a_single_recording_segments_are_held_out(tmp_path):
+    write_noise(tmp_path / 'u.wav', seconds=10)
+    rows = [json_row('u.wav', 'a', offset=i, duration=1) for i in range(10)]
+    write_lines(tmp_path / 'm.jsonl', rows)
+    held = data.hold_out(read_utterances(tmp_path / 'm.jsonl'))
+    assert len(held.valid) == 1
+    assert len(held.train) == 9
+
+
 @pytest.mark.parametrize('name', ['u.wav', 'u.flac', 'u.mp3'])
 def test_segments_are_cut_out_of_their_recording(name, tmp_path):
     """NeMo's offset and duration: 0.6 to 1.2 s of three tones."""
@@ -1487,11 +1496,12 @@ def test_a_segment_beyond_its_recording_is_a_fault(tmp_path):
 
 @pytest.mark.parametrize('name,lines,fault', [
     ('t.tsv', [b'path\tsentence', b'a.wav\tone', b'a.wav'], 'fewer columns than the header'),
-    ('t.csv', [b'path,sentence', b'a.wav,one', b'a.wav,"tw"o'], 'is no row of a table'),
+    ('t.csv', [b'path,sentence', b'a.wav,one', b'a.wav,one,two'], 'more columns than the header'),
+    ('t.csv', [b'path,sentence', b'a.wav,one', b'a.wav,"tw"o'], 'is not a row of a table'),
     ('t.csv', [b'path,sentence', b'a.wav,one', b'a.wav,"two\na.wav,three"'], 'goes on to line 4'),
-    ('t.tsv', [b'path\tsentence', b'a.wav\tone', b'a.wav\tzw\xf6lf'], 'no UTF-8 text'),
+    ('t.tsv', [b'path\tsentence', b'a.wav\tone', b'a.wav\tzw\xf6lf'], 'not UTF-8 text'),
     ('t.jsonl', [b'', b'{"audio": "a.wav", "text": "one"}', b'{"audio": "a.wav", "text": "\xf6"}'],
-     'no UTF-8 text'),
+     'not UTF-8 text'),
     ('t.tsv', [b'path\tsentence', b'a.wav\tone', b'a' * 300 + b'.wav\tone'], 't.tsv:3: '),
     ('t.csv', [b'path,sentence', b'a.wav,one', b'a' * 140_000 + b',one'], 't.csv:3: '),
 ])
@@ -1504,6 +1514,12 @@ def test_a_bad_row_is_named_and_the_others_are_read(name, lines, fault, tmp_path
     assert f'{name}:3: ' in message
     assert fault in message
     assert len(message) < 1000
+
+
+def test_a_tables_rows_are_counted_with_its_blank_lines(tmp_path):
+    write_lines(tmp_path / 't.tsv', ['path\tsentence', '', '', 'a.wav\tone'])
+    _, faults = data.read_corpus(tmp_path / 't.tsv')
+    assert list(faults) == [f'{tmp_path / "t.tsv"}:4']
 
 
 def test_sphinx_fillers_and_alternates_are_no_words(tmp_path, capsys):
@@ -1557,7 +1573,7 @@ def test_text_that_a_terminal_cannot_show_ends_nothing(module, flags, tmp_path, 
 
 @pytest.mark.parametrize('error,words', [
     (KeyboardInterrupt(), ': stopped'),
-    (OSError(28, 'No space left on device', 'out'), "No space left on device: 'out'; put that"),
+    (OSError(28, 'No space left on device', 'out'), "No space left on device: 'out'; correct that"),
 ])
 @pytest.mark.parametrize('module,work', [(model, 'transcribe_clips'), (data, 'say_or_inspect'),
                                          (monitor, 'report')])
@@ -1800,7 +1816,7 @@ def test_the_synthesiser_refuses_other_words():
 @pytest.mark.parametrize('word,name', [('three', 'iy'), ('start', 'aa')])
 def test_vowels_have_the_formants_of_the_table(word, name):
     """The strongest bands of a long vowel, by an FFT: Peterson & Barney's, times the tract's."""
-    tract = data.draw_voice(1, seed=0).tract
+    tract = data.draw_voice(1).tract
     wave, [(_, start, end)] = data.synthesise(word, 1)
     middle = int(16000 * (end - 0.06 if name == 'iy' else (start + end) / 2))
     piece = wave[middle - 400:middle + 400] * np.hanning(800)
@@ -1969,6 +1985,19 @@ def test_constant_line_is_the_best_constant_output():
     assert constant == pytest.approx(loss.item(), rel=0.02)
 
 
+def test_constant_line_where_outputs_are_many():
+    """The best of all shares of the blank on a fine grid: one symbol in 200 outputs is rare."""
+    target, outputs = [1, 2, 1], 600
+    shares = torch.logspace(-4, 0, 500)[:-1, None]                         # of the labels
+    log_probs = torch.cat([1 - shares, shares * 2 / 3, shares / 3], 1).log()
+    log_probs = log_probs.expand(outputs, -1, -1)                          # (T, shares, 3)
+    lengths = torch.full((499,), outputs)
+    losses = F.ctc_loss(log_probs, torch.tensor([target] * 499), lengths, torch.full((499,), 3),
+                        reduction='none') / 3
+    _, constant = monitor.plateau_lines([target], torch.tensor([outputs]), 3)
+    assert constant == pytest.approx(losses.min().item(), rel=1e-3)
+
+
 @pytest.mark.parametrize('loss,fraction', [
     (8.0, 0),
     (5.5, 0.5),
@@ -2021,7 +2050,7 @@ def test_gradients_are_counted():
     summary = gradients.summary()
     assert summary['nonfinite'] == 1
     assert summary['clipped'] == pytest.approx(1 / 3)
-    squares = [summary[f'grad_{part}'] ** 2 for part in ('backbone', 'recurrent', 'head')]
+    squares = [norm ** 2 for norm in summary['grad_parts'].values()]
     assert math.sqrt(sum(squares)) == pytest.approx(summary['grad_norm'], rel=1e-3)
 
 
@@ -2042,17 +2071,15 @@ class SomebodysNetwork(nn.Module):
 @pytest.mark.parametrize('network,names', [
     (SomebodysNetwork(), ['encoder', 'classifier']),
     (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), ['0', '2']),
+    (nn.Sequential(OrderedDict(inner=nn.Linear(4, 3), norm=nn.LayerNorm(3))), ['inner', 'norm']),
 ])
 def test_gradients_of_somebody_elses_network(network, names):
     """Without parts, each child that has parameters is one."""
     gradients = monitor.Gradients(network)
     network(torch.randn(5, 2, 4)).square().sum().backward()
-    norms = {f'grad_{name}': gradient_norm(network.get_submodule(name)) for name in names}
+    norms = {name: gradient_norm(network.get_submodule(name)) for name in names}
     assert gradients.clip(1e-3)
-    summary = gradients.summary()
-    assert set(norms) < set(summary)
-    for key, norm in norms.items():
-        assert summary[key] == pytest.approx(norm, rel=1e-5)
+    assert gradients.summary()['grad_parts'] == pytest.approx(norms, rel=1e-5)
     assert gradient_norm(network) == pytest.approx(1e-3, rel=1e-2)
 
 
@@ -2062,8 +2089,8 @@ def test_parameters_without_a_gradient_are_passed_over():
     network(torch.ones(1, 2)).sum().backward()
     gradients = monitor.Gradients(network)
     assert gradients.clip(1.0)
-    assert gradients.summary()['grad_0'] == 0
-    assert gradients.summary()['grad_1'] > 0
+    assert gradients.summary()['grad_parts']['0'] == 0
+    assert gradients.summary()['grad_parts']['1'] > 0
 
 
 def test_a_parameter_of_no_part_is_named():
@@ -2135,17 +2162,18 @@ def test_learnt_output_is_recognised():
 # ---- monitor: warnings ---------------------------------------------------------------------------
 
 HEALTHY = {'epoch': 1, 'train_seconds': 60.0, 'nonfinite': 0, 'clipped': 0.1, 'train_loss': 1.0,
-           'train_way': 1.3, 'grad_norm': 1.7, 'grad_norm_max': 2.0, 'grad_backbone': 1.0,
-           'grad_recurrent': 1.0, 'grad_head': 1.0, 'uniform_batches': 0, 'entropy': 0.2,
+           'train_plateau_fraction': 1.3, 'grad_norm': 1.7, 'grad_norm_max': 2.0,
+           'grad_parts': {'backbone': 1.0, 'recurrent': 1.0, 'head': 1.0},
+           'uniform_batches': 0, 'entropy': 0.2,
            'dependence_share': 1.0, 'blank': 0.6, 'emitted': 1.0, 'warnings': [],
            'train_eval_loss': 0.9, 'updates': 1000, 'weight_change': 0.3, 'left_uniform': 20,
            'left_constant': 300, 'vanished': [], 'exploded': [], 'phase': 'learning'}
-VALIDATED = HEALTHY | {'valid_loss': 1.2, 'valid_way': 1.2, 'valid_entropy': 0.1,
+VALIDATED = HEALTHY | {'valid_loss': 1.2, 'valid_plateau_fraction': 1.2, 'valid_entropy': 0.1,
                        'valid_dependence_share': 0.9, 'deletions': 0.02, 'wer': 20.0, 'cer': 5.0}
 SYMPTOMS = [
     ({'nonfinite': 2}, 'not finite'),
     ({'train_loss': -0.24, 'train_eval_loss': -0.5}, 'negative CTC loss'),
-    ({'exploded': ['head'], 'grad_head': 90.0}, 'exploding gradient in the head'),
+    ({'exploded': ['head']}, 'exploding gradient in the head'),
     ({'phase': 'uniform'}, 'uniform output'),
     ({'phase': 'constant', 'blank': 0.999, 'emitted': 0.01}, 'constant output'),
     ({'train_eval_loss': 2.0}, "batch norm's running statistics"),
@@ -2163,7 +2191,10 @@ def test_warnings_say_what_is_wrong_and_the_next_step(symptom, words):
     assert re.search(r'; \w+', warning)
 
 
-@pytest.mark.parametrize('symptom', [{'vanished': ['backbone']}, {'grad_backbone': 1e-6}])
+@pytest.mark.parametrize('symptom', [
+    {'vanished': ['backbone']},
+    {'grad_parts': {'backbone': 1e-6, 'recurrent': 1.0, 'head': 1.0}},
+])
 def test_a_gradient_vanishes_on_a_plateau_alone(symptom):
     """What has been learnt needs no gradient any more."""
     assert monitor.diagnose(HEALTHY | symptom) == []
@@ -2354,7 +2385,7 @@ CTC_FAULTS = {
     'one output for all': (lambda b: b._replace(log_probs=b.log_probs[:, :1].expand(-1, 8, -1)),
                            'every utterance gets the same outputs'),
     'other texts': (lambda b: b._replace(targets=b.targets % 5 + 1),
-                    'texts and sounds belong together'),
+                    'check that each transcript belongs to its recording'),
     'blank elsewhere': (lambda b: b._replace(log_probs=b.log_probs.roll(1, 2)),
                         "blank and alphabet are the network's own"),
     'lengths of another batch': (lambda b: b._replace(input_lengths=b.input_lengths[:4]),
@@ -2386,6 +2417,7 @@ def test_the_plateaus_of_a_batch_are_named():
     logits = 1e-2 * torch.randn(70, 8, 6)
     finding, = monitor.check_ctc(logits.log_softmax(2), *rest)
     assert finding.startswith('phase uniform')
+    assert monitor.check_ctc(logits.log_softmax(2), *rest, untrained=True) == []
     logits[:, :, 0] += 3
     finding, = monitor.check_ctc(logits.log_softmax(2), *rest)
     assert finding.startswith('phase constant')
@@ -2398,7 +2430,7 @@ def test_the_plateaus_of_a_batch_are_named():
     ({'input_lengths': torch.full((8,), -3)}, 'lengths go down to -3 outputs'),
     ({'target_lengths': torch.full((8,), -1)}, 'and -1 labels'),
     ({'target_lengths': torch.zeros(8, dtype=torch.long)}, 'no utterance has a label'),
-    ({'targets': None}, 'the arguments are no tensors'),
+    ({'targets': None}, 'the arguments are not tensors'),
     ({'blank': 6}, 'blank is 6, and the symbols are 0 to 5'),
 ])
 def test_arguments_that_cannot_be_are_findings_too(change, words):
@@ -2438,21 +2470,23 @@ def test_an_epoch_line_without_validation():
     assert 'WER' not in line
 
 
-STUCK = VALIDATED | {'phase': 'constant', 'valid_way': 0.99, 'train_way': 0.99,
-                     'left_constant': None}
+STUCK = VALIDATED | {'phase': 'constant', 'valid_plateau_fraction': 0.99,
+                     'train_plateau_fraction': 0.99, 'left_constant': None}
 
 
 @pytest.mark.parametrize('last,step', [
-    (STUCK, 'the plateau was not left'),
+    (STUCK, 'still on the plateau after 1000 updates'),
     (STUCK | {'updates': 100}, '100 updates are few'),
     (STUCK | {'weight_change': 1e-4}, 'the weights hardly move'),
-    (STUCK | {'weight_change': 50.0}, 'the weights are thrown about'),
-    (STUCK | {'warnings': ['vanishing gradient']}, 'the gradient does not reach every part'),
-    (STUCK | {'left_constant': 300}, 'what is learnt serves the training utterances alone'),
+    (STUCK | {'weight_change': 50.0}, 'the weights change too fast'),
+    (STUCK | {'vanished': ['backbone']}, 'the gradient does not reach every part'),
+    (STUCK | {'left_constant': 300}, 'the network fits the training utterances alone'),
     (VALIDATED | {'train_eval_loss': 2.0}, 'the loss of training utterances is 2.000 in eval mode'),
-    (VALIDATED | {'nonfinite': 1}, 'updates are lost or cut'),
-    (VALIDATED | {'clipped': 1.0, 'train_way': 1.0}, 'updates are lost or cut'),
-    (HEALTHY, 'nothing was validated'),
+    (VALIDATED | {'nonfinite': 1}, 'many updates are skipped or clipped'),
+    (VALIDATED | {'clipped': 1.0, 'train_plateau_fraction': 1.0},
+     'many updates are skipped or clipped'),
+    (HEALTHY, 'there is no validation data'),
+    (VALIDATED | {'wer': 97.6, 'cer': 17.4}, 'the letters are right and the words are not'),
     (VALIDATED | {'wer': 0.0, 'cer': 0.0}, 'there are no errors left to learn from'),
     (VALIDATED | {'valid_loss': 3.0}, 'training is learnt better than validation'),
     (VALIDATED, 'no warning applies'),
@@ -2491,7 +2525,7 @@ def test_folders_that_hold_no_run_are_named(first_run, tmp_path, capsys):
     assert exit_code(monitor.main, tmp_path / 'none', tmp_path / 'damaged') is True
     err = capsys.readouterr().err
     assert 'none: holds neither log.jsonl nor results.json' in err
-    assert 'log.jsonl:1: is no JSON' in err
+    assert 'log.jsonl:1: is not JSON' in err
     assert err.count('\n') == 2
 
 
@@ -2541,7 +2575,7 @@ def test_two_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
     assert low == 0
     assert high == pytest.approx(100)
     assert exit_code(monitor.main, tmp_path / 'one', tmp_path / 'two') is False
-    assert 'no difference that this test can show' in capsys.readouterr().out
+    assert 'no significant difference' in capsys.readouterr().out
 
 
 # ---- monitor: pictures, and the README's example -------------------------------------------------
@@ -2623,7 +2657,7 @@ def forget_batch_norm(monkeypatch):
 
 PLANTED = {
     'learning rate too low': (['--learning_rate=3e-6'], 'the weights hardly move'),
-    'learning rate too high': (['--learning_rate=3e-2'], 'the weights are thrown about'),
+    'learning rate too high': (['--learning_rate=3e-2'], 'the weights change too fast'),
     'too few updates': (['--epochs=1', '--num_train_samples=200'], 'updates are few'),
     'shuffled transcripts': (shuffle_transcripts, 'recordings and transcripts do not belong'),
     'vanishing gradient': (scale_the_second_layer_down, 'the gradient does not reach every part'),
@@ -2731,7 +2765,7 @@ def test_two_samples_are_learnt():
 
 def test_loss_falls_every_epoch(first_run):
     """As fractions of the way from the uniform line, 0, to the constant one, 1."""
-    first, second, third = [record['train_way'] for record in first_run.log]
+    first, second, third = [record['train_plateau_fraction'] for record in first_run.log]
     assert first > 0
     assert second > first
     assert third > second
@@ -2743,7 +2777,7 @@ def test_validation_loss_falls_too(first_run, corpus):
     untrained = make_network(vocab_size=len(alphabet))
     loss = train.evaluate(untrained, data.Speech(utterances, alphabet)).loss
     began = monitor.plateau_fraction(loss, train.plateaus(utterances, alphabet, untrained))
-    assert first_run.log[-1]['valid_way'] > began + 0.2
+    assert first_run.log[-1]['valid_plateau_fraction'] > began + 0.2
 
 
 # ---- train: optimiser and schedule ---------------------------------------------------------------
@@ -3013,7 +3047,7 @@ def test_only_takes_back_all_the_others():
 def test_a_flag_and_an_undone_fix_must_not_set_the_same():
     with pytest.raises(data.DataError, match='--dropout sets what undoing dropout sets too'):
         train.parse_flags(['--undo', 'dropout', '--dropout', '0.1'])
-    with pytest.raises(data.DataError, match='say the same in two ways'):
+    with pytest.raises(data.DataError, match='exclude each other'):
         train.parse_flags(['--undo', 'dropout', '--only', 'dropout'])
 
 
@@ -3189,7 +3223,7 @@ def test_a_damaged_state_is_named(stopped):
 def test_a_lost_state_is_named(stopped):
     (stopped / 'state.pt').unlink()
     message = exit_code(train.main, '--resume', stopped)
-    assert 'state.pt: is gone' in message
+    assert 'state.pt: is missing' in message
 
 
 def test_a_lost_checkpoint_comes_back(stopped):
@@ -3274,7 +3308,7 @@ def test_a_closed_pipe_ends_a_run_in_a_line(corpus, tmp_path):
     err = run.stderr.read()
     assert run.wait() == 1
     assert err.count('\n') == 1
-    assert 'Broken pipe' in err
+    assert 'the program that read its output has ended' in err
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -3359,7 +3393,7 @@ def test_a_checkpoint_is_scored_on_any_corpus(first_run, corpus, tmp_path):
 def test_scoring_refuses_flags_of_training(first_run, corpus):
     message = exit_code(train.main, '--evaluate', first_run.folder / 'best.pt', '--test_data',
                         corpus.valid, '--epochs=3')
-    assert message.endswith('so --epochs says nothing to it; remove this flag')
+    assert message.endswith('so --epochs has no effect; remove it')
 
 
 def test_a_flag_without_a_name_is_refused():
@@ -3615,8 +3649,8 @@ def test_an4_is_read_whole():
     alphabet = data.make_alphabet(utterances)
     assert len(utterances) == 948
     assert ''.join(alphabet) == ' abcdefghijklmnopqrstuvwxyz'
-    assert not data.unlearnable(utterances, alphabet, 4)
-    assert len(data.unlearnable(utterances, alphabet, 8)) > 40
+    assert not data.unlearnable(utterances, 4)
+    assert len(data.unlearnable(utterances, 8)) > 40
     for u in utterances[::100]:
         assert math.ceil(len(data.read_wave(u.path)) / 160) == u.frames  # not decoded yet
     data.check_recordings(utterances[::100], {})

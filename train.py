@@ -8,8 +8,8 @@
     python train.py --evaluate best.pt --test_data my/test.tsv
 
 A run folder holds config.json (flags, network, plateau lines), log.jsonl (one JSON object an
-epoch), best.pt (lowest validation WER), last.pt, state.pt (all that --resume needs, gone at the
-end), and at the end results.json, what was said and heard (valid.tsv, test.tsv) and clip.wav, a
+epoch), best.pt (lowest validation WER), last.pt, state.pt (all that --resume needs, deleted at the
+end), and at the end results.json, references and transcripts (valid.tsv, test.tsv) and clip.wav, a
 recording to transcribe. Losses are CTC in nats per label: each utterance's negative log-likelihood
 divided by its number of labels, averaged over utterances.
 
@@ -50,11 +50,9 @@ except ImportError:  # Windows
     fcntl = None
 
 EVALUATION_BATCH = 16   # utterances
-CHECK_UP_TO = 5000      # utterances; of more, files are decoded beforehand only with --skip_bad
+CHECK_UP_TO = 5000      # utterances; files of larger corpora are decoded first only with --skip_bad
 OVERFIT_UPDATES = 25    # at least, in an epoch of --overfit
 TRAIN_EVALUATED = 32    # training utterances that are scored after each epoch
-SHAPING = ('n_mels', 'blocks', 'deep_path', 'upsample', 'squeeze_excite', 'projection', 'hidden',
-           'layers')    # fields of model.Config that the weights' shapes depend on
 EVALUATION_FLAGS = {'evaluate', 'test_data', 'skip_bad', 'run_dir', 'device', 'threads', 'workers',
                     'beam', 'lm_weight', 'label_bonus', 'lm_text'}
 MOST_LOST = 10          # updates in a row without a finite gradient
@@ -73,8 +71,8 @@ PARTS = {               # of the network, by the names of their parameters
 class Fix(NamedTuple):
     """A change that helps to leave the plateau, and that --undo takes back.
 
-    To add one: give the setting its new value as a default, and FIXES an entry; the tests ask for a
-    line that shows its effect.
+    To add one: give the setting its new value as a default, FIXES an entry, and effect() in
+    test_model.py a line that shows what it changes.
     """
     setting: str   # a flag, or a field of model.Config; its default is the value with the fix
     before: object
@@ -90,26 +88,27 @@ FIXES = {
     'upsample': Fix('upsample', 'transpose',
                     'interpolation gives ceil(T / frames_per_output) outputs exactly, '
                     'ConvTranspose too many'),
-    'dropout': Fix('dropout', 0.3, 'what regularises later slows the way off the plateau'),
+    'dropout': Fix('dropout', 0.3,
+                   'more dropout regularises later, and delays leaving the plateau'),
     'squeeze_excite': Fix('squeeze_excite', True,
                           'channel gates multiply small gradients by small numbers (Howard et al. '
                           '2019, section 5.3)'),
     'forget_bias': Fix('forget_bias', False,
                        'open forget gates, orthogonal weights (Jozefowicz et al. 2015; Saxe et al. '
                        '2014)'),
-    'learning_rate': Fix('learning_rate', 1e-4, 'too small a step stays where it is'),
+    'learning_rate': Fix('learning_rate', 1e-4, 'steps too small to leave the plateau'),
     'schedule': Fix('schedule', 'constant',
                     'OneCycle climbs to ten times the rate and back (Smith & Topin 2019)'),
     'grad_clip': Fix('grad_clip', 1.0, 'early CTC gradients are large: 1.0 cuts nearly all'),
     'weight_decay': Fix('weight_decay', 1e-4, 'less pull towards zero'),
     'deep_path': Fix('deep_path', 'alone',
-                     'early + gate * deep: the gradient has a short way (Howard et al. 2019, '
+                     'early + gate * deep: a short path for the gradient (Howard et al. 2019, '
                      'section 6.4; Touvron et al. 2021)', ours=True),
     'interctc': Fix('interctc_weight', 0.0,
-                    'the first LSTM layer is told directly what to say (Lee & Watanabe 2021)',
+                    'a CTC loss on the first LSTM layer too (Lee & Watanabe 2021)',
                     ours=True),
     'output_rate': Fix('frames_per_output', 1,
-                       'fewer outputs a label: a shorter plateau than with one each 10 ms',
+                       'fewer outputs per label shorten the plateau',
                        ours=True),
 }
 
@@ -129,19 +128,20 @@ def fixes_table(defaults: Mapping) -> str:
     for name, fix in FIXES.items():
         today = defaults[fix.setting]
         lines.append(f'  {name}{"*" * fix.ours}: {fix.before} -> {today}; {fix.why}')
-    lines.append('--undo all is the original before any of its fixes, in our loop, features, masks '
-                 'and strides')
+    lines.append("--undo all: the original before its fixes, but with this project's training "
+                 'loop, features, padding masks and strides')
     return '\n'.join(lines)
 
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-def number(kind: type, low: float, high: float = 2 ** 53) -> Callable[[str], float]:
+def in_range(kind: type, low: float, high: float = 2 ** 53) -> Callable[[str], float]:
     """An argparse type: int or float, from low to high (beyond 2^53 a float cannot count)."""
     def parse(text):
-        if not low <= kind(text) <= high:
+        value = kind(text)
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f'{text} is not between {low} and {high}')
-        return kind(text)
+        return value
     parse.__name__ = kind.__name__
     return parse
 
@@ -159,13 +159,13 @@ SWITCH = argparse.BooleanOptionalAction
 
 
 def add_data_flags(add: Callable) -> None:
-    count = number(int, 0)
+    count = in_range(int, 0)
     add('--train_data',
         help='corpus: .jsonl, .csv or .tsv manifest, LibriSpeech or CMU Sphinx folder; unset: the '
              'built-in corpus with its own validation and test, spoken into the folder corpus/')
     add('--valid_data',
-        help='corpus that chooses best.pt; unset: a tenth of the training data, other speakers if '
-             'ten are known; none: train on everything, keep the last checkpoint')
+        help='validation corpus, which selects best.pt; unset: a tenth of the training data, other '
+             'speakers if ten are known; none: train on everything, keep the last checkpoint')
     add('--test_data', help='corpus scored once, at the end; unset or none: no test')
     add('--skip_bad', action=SWITCH, default=False,
         help='leave out utterances that cannot be used, which else end the run: before it starts, '
@@ -175,61 +175,63 @@ def add_data_flags(add: Callable) -> None:
     add('--num_train_samples', type=count, default=0,
         help='train on N utterances, drawn by the seed; 0: all')
     add('--spec_augment', action=SWITCH, default=False,
-        help='mask bands and stretches of time in training')
+        help='SpecAugment: mask frequency bands and time spans in training')
     add('--speed_perturb', action=SWITCH, default=True,
         help='play at 0.9 to 1.1 times the speed in training')
-    add('--max_seconds', type=number(float, 0), default=40.0,
-        help='longer utterances are left out of training, and named; 0: none')
-    add('--workers', type=number(int, 0, 256), default=0,
+    add('--max_seconds', type=in_range(float, 0), default=40.0,
+        help='training utterances longer than this are left out and listed; 0: no limit')
+    add('--workers', type=in_range(int, 0, 256), default=0,
         help='processes that load audio; 0: the training process itself')
 
 
 def add_optimisation_flags(add: Callable) -> None:
-    positive, amount = number(int, 1), number(float, 0)
+    positive, amount = in_range(int, 1), in_range(float, 0)
     add('--epochs', type=positive, default=7, help='passes over the training data')
-    add('--batch_size', type=number(int, 1, 4096), default=8, help='utterances an update')
-    add('--learning_rate', type=amount, default=3e-4, help='OneCycle climbs to ten times this')
+    add('--batch_size', type=in_range(int, 1, 4096), default=8, help='utterances per update')
+    add('--learning_rate', type=amount, default=3e-4,
+        help='base learning rate; OneCycle peaks at ten times this')
     add('--schedule', choices=('onecycle', 'constant'), default='onecycle',
-        help='of the learning rate')
-    add('--weight_decay', type=amount, default=1e-5, help="AdamW's; 0: none")
+        help='learning-rate schedule')
+    add('--weight_decay', type=amount, default=1e-5, help='of AdamW; 0: none')
     add('--grad_clip', type=amount, default=5.0,
-        help='largest norm of all gradients together; 0: no limit')
-    add('--interctc_weight', type=number(float, 0, 1), default=0.3,
-        help="share of the first LSTM layer's own CTC loss; 0: none")
-    add('--seed', type=number(int, 0), default=0,
-        help='of hold-out, subset, initialisation, order, augmentation, dropout')
+        help='clip the total gradient norm to this; 0: no clipping')
+    add('--interctc_weight', type=in_range(float, 0, 1), default=0.3,
+        help='weight of the intermediate CTC loss, of the first LSTM layer; 0: none')
+    add('--seed', type=in_range(int, 0), default=0,
+        help='random seed of hold-out, subset, initialisation, order, augmentation, dropout')
 
 
 def add_model_flags(add: Callable) -> None:
-    positive = number(int, 1)
-    ours = model.Config(vocab_size=1)
-    add('--blocks', type=positive, default=ours.blocks, help='of MobileNetV3-Small, 2 to 11')
-    add('--frames_per_output', type=positive, default=ours.frames_per_output,
-        help='frames of 10 ms that an output stands for: 1, 2 or 4')
-    add('--hidden', type=number(int, 1, 4096), default=ours.hidden,
+    positive = in_range(int, 1)
+    defaults = model.Config(vocab_size=1)
+    add('--blocks', type=positive, default=defaults.blocks,
+        help='number of MobileNetV3-Small blocks, 2 to 11')
+    add('--frames_per_output', type=positive, default=defaults.frames_per_output,
+        help='input frames of 10 ms per output: 1, 2 or 4')
+    add('--hidden', type=in_range(int, 1, 4096), default=defaults.hidden,
         help='LSTM units in each direction')
-    add('--dropout', type=number(float, 0), default=ours.dropout,
+    add('--dropout', type=in_range(float, 0), default=defaults.dropout,
         help='before each LSTM layer and the head; 0: none')
-    add('--squeeze_excite', action=SWITCH, default=ours.squeeze_excite,
+    add('--squeeze_excite', action=SWITCH, default=defaults.squeeze_excite,
         help="MobileNetV3's channel gates")
     add('--undo', nargs='+', choices=[*FIXES, 'all', 'ours'], metavar='FIX',
-        help="take fixes back, by the names below; all: every one; ours: those not the original's, "
-             'which leaves its fixed system taken literally; unset: none')
+        help="undo fixes, by the names below; all: every one; ours: this project's own, which "
+             'leaves the original system with its ten fixes; unset: none')
     add('--only', nargs='+', choices=FIXES, metavar='FIX',
-        help='take back every fix but these; unset: see --undo')
+        help='undo every fix but these; unset: see --undo')
 
 
 def add_run_flags(add: Callable) -> None:
     add('--run_dir', help='folder for the results; unset: runs/ and the time')
     add('--resume', metavar='RUN_DIR',
-        help='go on with a run that was ended, by its own settings; unset: a new run')
+        help='continue an interrupted run with its own settings; unset: a new run')
     add('--init_from', metavar='CHECKPOINT',
         help="start from a checkpoint's weights; the head is new where the alphabet differs; "
              'unset: from random weights')
     add('--evaluate', metavar='CHECKPOINT',
         help='train nothing; score a checkpoint on --test_data; unset: train')
     add('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
-    add('--threads', type=number(int, 0, 1024), default=0,
+    add('--threads', type=in_range(int, 0, 1024), default=0,
         help='of the CPU; 0: as many as it has cores, or one where other work keeps them busy')
     add('--benchmark', action=SWITCH, default=False,
         help='train nothing; measure the speed of all parts at these settings')
@@ -246,21 +248,25 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_optimisation_flags(parser.add_argument_group('optimisation').add_argument)
     add_model_flags(parser.add_argument_group('model').add_argument)
     model.add_decoding_flags(parser.add_argument_group('decoding').add_argument,
-                             width=model.BEAM.width)
+                             width=model.Decoding().width)
     add_run_flags(parser.add_argument_group('run').add_argument)
-    defaults = asdict(model.Config(vocab_size=1)) | vars(parser.parse_args([]))
-    parser.epilog = fixes_table(defaults)
-    args = parser.parse_args(argv)
-    given = given_flags(parser, argv)
-    for name in 'resume', 'init_from', 'evaluate', 'run_dir':
+    defaults = vars(parser.parse_args([]))
+    parser.epilog = fixes_table(asdict(model.Config(vocab_size=1)) | defaults)
+    # argparse gives no default to what a namespace holds already: what is still unset was not
+    # typed.
+    unset = object()
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
+    given = {name: value for name, value in typed.items() if value is not unset}
+    args = argparse.Namespace(**defaults | given)
+    for name in 'resume', 'init_from', 'evaluate', 'run_dir', 'lm_text':
         if getattr(args, name) == '':
             raise data.DataError(f'flags: --{name} is given without a name; give one')
     if args.resume:
         return resumed_flags(args, given)
-    useless = given - EVALUATION_FLAGS
+    useless = given.keys() - EVALUATION_FLAGS
     if args.evaluate and useless:
-        raise data.DataError(f'flags: --evaluate trains nothing, so --{min(useless)} says nothing '
-                             'to it; remove this flag')
+        raise data.DataError(f'flags: --evaluate does not train, so --{min(useless)} has no '
+                             'effect; remove it')
     undo_fixes(args, given)
     try:
         model.read_decoding(args)
@@ -269,22 +275,13 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
-    """Which flags the user typed.
+def undo_fixes(args: argparse.Namespace, given: Mapping) -> None:
+    """Set what --undo and --only take back to its value before. Raises DataError.
 
-    argparse gives no default to what a namespace holds already: what is still the marker was not
-    typed.
+    given: the flags that the user typed.
     """
-    marker = object()
-    names = vars(parser.parse_args(argv))
-    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, marker)))
-    return {name for name, value in vars(marked).items() if value is not marker}
-
-
-def undo_fixes(args: argparse.Namespace, given: set[str]) -> None:
-    """Set what --undo and --only take back to its value before. Raises DataError."""
     if args.undo and args.only:
-        raise data.DataError('flags: --undo and --only say the same in two ways; give only one')
+        raise data.DataError('flags: --undo and --only exclude each other; give only one')
     for name in undone_fixes(args.undo, args.only):
         fix = FIXES[name]
         if fix.setting in given:
@@ -293,7 +290,7 @@ def undo_fixes(args: argparse.Namespace, given: set[str]) -> None:
         setattr(args, fix.setting, fix.before)
 
 
-def resumed_flags(args: argparse.Namespace, given: set[str]) -> argparse.Namespace:
+def resumed_flags(args: argparse.Namespace, given: Mapping) -> argparse.Namespace:
     """The flags that a run was started with. Raises DataError where another one is given now."""
     folder = Path(args.resume)
     try:
@@ -301,20 +298,21 @@ def resumed_flags(args: argparse.Namespace, given: set[str]) -> argparse.Namespa
     except (OSError, ValueError):
         raise data.DataError(f'--resume {folder}: holds no config.json of a run; name the folder '
                              'of a run') from None
-    missing = set(vars(args)).difference(config if isinstance(config, dict) else ())
+    needed = {*vars(args), 'data', 'ranks'}
+    missing = needed.difference(config if isinstance(config, dict) else ())
     if missing:
         raise data.DataError(f'--resume {folder}: config.json is damaged, it lacks '
                              f'{", ".join(sorted(missing))}; start a new run')
     free = {'resume', 'device', 'workers'}  # these change nothing that is learnt
-    for name in sorted(given - free):
-        if name not in config or getattr(args, name) != config[name]:
+    for name in sorted(given.keys() - free):
+        if name not in config or given[name] != config[name]:
             fix = 'remove this flag'
             if name == 'epochs':
-                fix = (f'its learning rate has ended by then; --init_from {folder}/last.pt starts '
-                       'a new run from its weights')
-            raise data.DataError(f'flags: --{name} {getattr(args, name)} contradicts the run, '
+                fix = (f'its learning-rate schedule ends there; --init_from {folder}/last.pt '
+                       'starts a new run from its weights')
+            raise data.DataError(f'flags: --{name} {given[name]} contradicts the run, '
                                  f'which has {config.get(name)}; {fix}')
-    own = {name: getattr(args, name) for name in given & free}
+    own = {name: given[name] for name in given.keys() & free}
     own |= {'resume': args.resume, 'run_dir': str(folder)}
     return argparse.Namespace(**vars(args) | config | own)
 
@@ -339,10 +337,11 @@ def make_optimizer(network: nn.Module, args: argparse.Namespace,
                    updates: int) -> tuple[Optimizer, Schedule]:
     """AdamW, and OneCycleLR to ten times the learning rate, or a constant one.
 
-    10 % of the updates climb from 0.4 of it, the rest fall to nothing, both by cosine; AdamW's
-    first beta goes 0.95, 0.85, 0.95 the other way (PyTorch's defaults).
+    It rises from 0.4 to 10 times the given one in the first 10 % of the updates, then falls to
+    almost zero, both along a cosine; beta1 moves the other way, 0.95 to 0.85 and back (PyTorch's
+    defaults).
     """
-    # fused: one kernel for all parameters, 7 % of an update on a CPU.
+    # fused: one kernel for all parameters, which saves 7 % of an update on a CPU.
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate,
                                   weight_decay=args.weight_decay, fused=True)
     if args.schedule == 'constant':
@@ -381,13 +380,17 @@ def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: Op
                                   every_layer=True)
         targets = batch.targets.to(args.device)
         target_lengths = batch.target_lengths.to(args.device)
+        if update == 1:  # of the epoch
+            for finding in monitor.check_ctc(layers[-1].transpose(0, 1), targets, lengths,
+                                             target_lengths, untrained=True):
+                print('    !', finding)
         # Averaged over utterances, each one's loss divided by its number of labels: nats per label.
         first, loss = [F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths)
                        for log_probs in (layers[0], layers[-1])]
         if not torch.isfinite(loss):
             raise Diverged(f'the loss is {loss.item()}', batch.indices)
         optimizer.zero_grad()
-        # Intermediate CTC: the first layer is told directly what the last one is to say.
+        # Intermediate CTC: the first layer's own loss, a share of the whole.
         loss.lerp(first, args.interctc_weight).backward()
         if gradients.clip(args.grad_clip):  # False, and counted, where one is not finite
             optimizer.step()
@@ -413,7 +416,7 @@ class Sentence(NamedTuple):
     index: int
     said: str
     heard: str
-    strip: str  # the symbol of every output: '.' for the blank, '_' for a space
+    path: str   # the best symbol of every output: '.' for the blank, '_' for a space
     beam: str   # heard by beam search, '' without
 
 
@@ -431,7 +434,7 @@ def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu', worke
              beam: Callable[[Tensor], str] | None = None) -> Evaluation:
     """Score every utterance once, greedily and by the beam search that is given.
 
-    beam: outputs (T', V) -> text. The loss leaves those utterances out that CTC cannot align.
+    beam: outputs (T', V) -> text. Utterances that CTC cannot align are not part of the loss.
     """
     network.eval()
     losses, sentences = [], []
@@ -450,11 +453,11 @@ def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu', worke
         decoded = model.greedy_decode(log_probs, lengths)
         for row, i in enumerate(batch.indices):
             length = int(lengths[row])
-            path = paths[row][:length]
-            strip = [speech.alphabet[symbol].replace(' ', '_') or '.' for symbol in path]
+            path = [speech.alphabet[symbol].replace(' ', '_') or '.'
+                    for symbol in paths[row][:length]]
             sentences.append(Sentence(i, said=speech.utterances[i].text,
                                       heard=data.decode(decoded[row], speech.alphabet),
-                                      strip=''.join(strip),
+                                      path=''.join(path),
                                       beam=beam(log_probs[row, :length]) if beam else ''))
     said = [s.said for s in sentences]
     rates = monitor.error_rates(said, [s.heard for s in sentences])
@@ -498,7 +501,7 @@ def corpus_paths(args: argparse.Namespace) -> dict[str, str | None]:
 def leave_out(faults: Mapping[str, str], skip_bad: bool) -> None:
     """Print what is wrong with the data, where that is skipped. Raises DataError else."""
     if faults and not skip_bad:
-        count = f'{len(faults)} broken; --skip_bad goes on without them'
+        count = f'utterances that cannot be used: {len(faults)}; --skip_bad leaves them out'
         raise data.DataError('\n'.join([*faults.values(), count]))
     if faults:
         print(*faults.values(), f'{len(faults)} broken utterances are left out', sep='\n')
@@ -529,8 +532,8 @@ def load_splits(args: argparse.Namespace, frames_per_output: int) -> data.Splits
     training_files = {os.path.realpath(u.path) for u in splits.train}
     shared = training_files & {os.path.realpath(u.path) for u in splits.valid + splits.test}
     if shared:
-        print(f'{len(shared)} files of validation or test are in training too: their scores say '
-              'nothing of new speech')
+        print(f'{len(shared)} files of validation or test are in training too: their scores do not '
+              'show how well new speech is recognised')
     if splits.choice:
         print(splits.choice)
     wanted = args.overfit or args.num_train_samples
@@ -558,18 +561,22 @@ def plateaus(utterances: Sequence[data.Utterance], alphabet: Sequence[str],
 
 
 def data_fingerprint(splits: data.Splits) -> dict[str, str]:
-    """{split: digest} of what its utterances are, for --resume to see that they still are.
+    """{split: digest of its utterances}, by which --resume detects that data has changed.
 
     Of corpora whose files are not decoded beforehand, by their sizes, not their contents.
     """
     sides = {'train': splits.train, 'valid': splits.valid, 'test': splits.test}
     few = sum(map(len, sides.values())) <= CHECK_UP_TO
+    contents = {}  # of files, which may hold many utterances
     digests = {}
     for split, utterances in sides.items():
         digest = hashlib.sha256()
         for u in utterances:
             name = '/'.join(u.path.parts[-2:])
-            content = zlib.crc32(u.path.read_bytes()) if few else os.path.getsize(u.path)
+            if u.path not in contents:
+                contents[u.path] = (zlib.crc32(u.path.read_bytes()) if few
+                                    else os.path.getsize(u.path))
+            content = contents[u.path]
             digest.update(f'{name} {u.offset} {u.duration} {content} {u.text}\n'.encode())
         digests[split] = digest.hexdigest()
     return digests
@@ -586,10 +593,15 @@ class Task:
     valid_plateaus: tuple[float, float] | None  # of validation
     rank: int                                   # of several processes, the first is 0
     ranks: int
+    length_correlation: float | None            # of training recordings and transcripts
 
     @property
     def hours(self) -> float:
         return sum(u.duration for u in self.splits.train) / 3600
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.network.parameters())
 
     @property
     def batches_a_pass(self) -> int:
@@ -615,10 +627,9 @@ class Task:
     @functools.cached_property
     def language_model(self) -> model.CharacterModel:
         """Of the training transcripts, or of --lm_text. Raises DataError."""
-        texts = [u.text for u in self.splits.train]
         if self.args.lm_text:
-            texts = data.read_text(self.args.lm_text, self.alphabet)
-        return model.CharacterModel.of_texts(texts).pruned()
+            return model.read_character_model(self.args.lm_text, self.alphabet)
+        return model.CharacterModel.of_texts(u.text for u in self.splits.train).pruned()
 
     @functools.cached_property
     def language_model_text(self) -> str:
@@ -635,7 +646,7 @@ def check_characters(utterances: Sequence[data.Utterance], alphabet: Sequence[st
     """Print which characters of utterances that are to be scored can never be said."""
     unseen = {character for u in utterances for character in u.text}.difference(alphabet)
     if unseen:
-        print('validation or test has characters that training lacks, so each is an error:',
+        print('characters of validation or test that training lacks, each counted as an error:',
               *map(repr, sorted(unseen)))
 
 
@@ -660,16 +671,16 @@ def init_from(network: model.Recogniser, alphabet: Sequence[str], path: str) -> 
     weights = source.network.state_dict()
     if list(source.alphabet) != list(alphabet):
         print('the head is new: the checkpoint was trained on other characters')
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith('head.')}
-    shaping = SHAPING
-    if network.config.upsample == 'transpose':
-        shaping += ('frames_per_output',)
-    differ = [f'{name} {theirs}' for name, theirs in asdict(source.network.config).items()
-              if name in shaping and theirs != getattr(network.config, name)]
-    if differ:
+        weights |= {name: tensor for name, tensor in network.state_dict().items()
+                    if name.startswith('head.')}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError:
+        settings = asdict(source.network.config).items()
+        differ = [f'{name} {theirs}' for name, theirs in settings
+                  if name != 'vocab_size' and theirs != getattr(network.config, name)]
         raise data.DataError(f'--init_from {path}: is another network than the flags make: it has '
-                             f'{", ".join(differ)}; give it the same')
-    network.load_state_dict(network.state_dict() | weights)
+                             f'{", ".join(differ)}; give it the same') from None
 
 
 def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
@@ -689,10 +700,10 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
     network.to(args.device)
     lines = plateaus(splits.train, alphabet, network)
     valid_lines = plateaus(splits.valid, alphabet, network) if splits.valid else None
-    task = Task(args, splits, alphabet, network, lines, valid_lines, rank, ranks)
     if args.lm_text:
-        task.language_model  # noqa: B018, read before training, not after it
-    return task
+        data.read_text(args.lm_text, alphabet)  # an unusable text ends the run now, not at its end
+    return Task(args, splits, alphabet, network, lines, valid_lines, rank, ranks,
+                data.length_correlation(splits.train))
 
 
 # ---- the run folder ------------------------------------------------------------------------------
@@ -734,7 +745,11 @@ def make_folder(run_dir: str | None, held: contextlib.ExitStack) -> Path:
     """
     if run_dir:
         folder = Path(run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise data.DataError(f'--run_dir {run_dir}: cannot be made ({error.strerror}); name '
+                                 'another folder') from None
         lock(folder, held)
         if any(not path.name.startswith('unfinished.') for path in folder.iterdir()):
             advice = f', or --resume {folder}' if (folder / 'config.json').exists() else ''
@@ -753,8 +768,10 @@ def make_folder(run_dir: str | None, held: contextlib.ExitStack) -> Path:
 
 
 def open_run(task: Task, held: contextlib.ExitStack) -> Path:
-    """The run folder, which holds what the run is; of --resume, seen to be the same. Raises
-    DataError."""
+    """The run folder, with config.json; with --resume, after checking that the data is the same.
+
+    Raises DataError.
+    """
     args = task.args
     fingerprint = data_fingerprint(task.splits)
     if args.resume:
@@ -772,19 +789,14 @@ def open_run(task: Task, held: contextlib.ExitStack) -> Path:
         return folder
     if task.rank:
         return Path()
-    try:
-        folder = make_folder(args.run_dir, held)
-        args.run_dir = str(folder)
-        config = vars(args) | asdict(task.network.config)
-        config |= {'plateaus': task.plateaus, 'valid_plateaus': task.valid_plateaus,
-                   'data': fingerprint, 'ranks': task.ranks,
-                   'length_correlation': data.length_correlation(task.splits.train)}
-        save_text(json.dumps(config, indent=1) + '\n', folder / 'config.json')
-    except OSError as error:
-        raise data.DataError(f'--run_dir {args.run_dir or "runs/"}: cannot be made '
-                             f'({error.strerror}); name another folder') from None
-    args.begun = True  # from here on it can be resumed
-    return folder
+    folder = make_folder(args.run_dir, held)
+    args.run_dir = str(folder)
+    config = vars(args) | asdict(task.network.config)
+    config |= {'plateaus': task.plateaus, 'valid_plateaus': task.valid_plateaus,
+               'data': fingerprint, 'ranks': task.ranks,
+               'length_correlation': task.length_correlation}
+    save_text(json.dumps(config, indent=1) + '\n', folder / 'config.json')
+    return folder  # from here on it can be resumed
 
 
 @dataclass
@@ -867,8 +879,10 @@ class Learner:
         def watch(update, mean, loss):
             self.departures.add(loss)
             if self.task.rank == 0:
-                monitor.show_progress(done + update, self.total_updates, mean,
-                                      (time.time() - start) / update)
+                to_do = self.total_updates - done - update
+                minutes, seconds = divmod(int(to_do * (time.time() - start) / update), 60)
+                data.show_status(f'update {done + update}/{self.total_updates}  loss {mean:.3f}  '
+                                 f'{minutes} min {seconds:02d} s to go')
 
         try:
             loss = train_epoch(self.trained, self.batches(epoch), self.optimizer, self.schedule,
@@ -878,8 +892,8 @@ class Learner:
             raise data.DataError(f'training diverged in epoch {epoch}: {error}; lower '
                                  f'--learning_rate, or look at {names}') from None
         record = {'epoch': epoch, 'train_loss': loss,
-                  'train_way': monitor.plateau_fraction(loss, self.task.plateaus),
-                  'learning_rate': learning_rate, 'train_seconds': time.time() - start,
+                  'train_plateau_fraction': monitor.plateau_fraction(loss, self.task.plateaus),
+                  'learning_rate': learning_rate, 'epoch_seconds': time.time() - start,
                   'updates': self.departures.updates, **self.departures.left,
                   'weight_change': relative_change(before, self.network.parameters())}
         record |= self.gradients.summary() | self.outputs.summary()
@@ -890,8 +904,9 @@ class Learner:
     def state(self) -> dict:
         """All of it, for state.pt; the random numbers are those of every process."""
         own = [torch.get_rng_state()]
-        if torch.cuda.is_available():
-            own.append(torch.cuda.get_rng_state())
+        device = self.task.args.device
+        if device.startswith('cuda'):
+            own.append(torch.cuda.get_rng_state(device))
         random_states = [own]
         if self.task.ranks > 1:
             random_states = [None] * self.task.ranks
@@ -909,8 +924,9 @@ class Learner:
         self.departures.restore(state['departures'])
         cpu, *cuda = state['random'][self.task.rank]
         torch.set_rng_state(cpu)
-        if cuda and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda[0])
+        device = self.task.args.device
+        if cuda and device.startswith('cuda'):
+            torch.cuda.set_rng_state(cuda[0], device)
 
 
 def relative_change(before: Sequence[Tensor], after: Iterable[Tensor]) -> float:
@@ -925,8 +941,8 @@ def load_state(folder: Path, learner: Learner) -> RunState:
     path = folder / 'state.pt'
     if not path.exists():
         if (folder / 'last.pt').exists():
-            raise data.DataError(f'{path}: is gone, and with it the way to go on; start a new run '
-                                 f'with --init_from {folder}/last.pt')
+            raise data.DataError(f'{path}: is missing, so the run cannot be resumed; start a new '
+                                 f'run with --init_from {folder}/last.pt')
         return RunState()
     try:
         content = torch.load(path, weights_only=True, map_location='cpu')
@@ -959,7 +975,8 @@ def validate(task: Task, record: dict, before: dict | None) -> Evaluation | None
             raise data.DataError(f'training diverged: the validation loss is {evaluation.loss}; '
                                  'lower --learning_rate')
         record |= {'valid_loss': evaluation.loss,
-                   'valid_way': monitor.plateau_fraction(evaluation.loss, task.valid_plateaus),
+                   'valid_plateau_fraction': monitor.plateau_fraction(evaluation.loss,
+                                                                      task.valid_plateaus),
                    'valid_entropy': evaluation.outputs['entropy'],
                    'valid_dependence_share': evaluation.outputs['dependence_share'],
                    'deletions': evaluation.rates['deletions'] / evaluation.rates['words'],
@@ -985,7 +1002,7 @@ def fit(task: Task, folder: Path) -> RunState:
         state.epoch += 1
         record = learner.train(state.epoch)
         learner_state = learner.state()
-        state.train_seconds += record['train_seconds']
+        state.train_seconds += record.pop('epoch_seconds')
         record['train_seconds'] = state.train_seconds
         if task.rank:
             continue  # the first process validates, prints and writes
@@ -993,7 +1010,7 @@ def fit(task: Task, folder: Path) -> RunState:
         rates = evaluation.rates if evaluation else None
         state.records.append(record)
         state.last = make_checkpoint(task, state.epoch, rates)
-        if evaluation and (state.best is None or better(rates, state.best['run']['valid'])):
+        if evaluation and monitor.best_epoch(state.records) is record:
             state.best = state.last
         save({'settings': settings, 'learner': learner_state, 'run': vars(state)},
              folder / 'state.pt')
@@ -1001,15 +1018,9 @@ def fit(task: Task, folder: Path) -> RunState:
         sentence = None
         if evaluation:
             shown = evaluation.sentences[state.epoch % len(evaluation.sentences)]
-            sentence = (shown.said, shown.heard, shown.strip)
+            sentence = (shown.said, shown.heard, shown.path)
         monitor.print_epoch(record, sentence)
     return state
-
-
-def better(rates: dict, best: dict) -> bool:
-    """Whether an epoch's error rates are at least as good as the best so far: equal, the later
-    one."""
-    return (rates['wer'], rates['cer']) <= (best['wer'], best['cer'])
 
 
 # ---- the end of a run ----------------------------------------------------------------------------
@@ -1022,15 +1033,6 @@ def save_sentences(path: Path, utterances: Sequence[data.Utterance],
         file = ' '.join(utterances[sentence.index].path.name.split())  # no tabs, no line feeds
         lines.append(f'{file}\t{sentence.said}\t{sentence.heard}\t{sentence.beam}\n')
     save_text(''.join(lines), path)
-
-
-def score(task: Task, folder: Path, split: str) -> Evaluation:
-    """Score a split, greedily and by beam search, and write what was said and heard."""
-    utterances = getattr(task.splits, split)
-    beam = beam_search(task.alphabet, task.language_model, task.args)
-    evaluation = task.evaluate(utterances, beam)
-    save_sentences(folder / f'{split}.tsv', utterances, evaluation.sentences)
-    return evaluation
 
 
 def print_scores(split: str, rates: dict) -> None:
@@ -1058,10 +1060,10 @@ def print_verdict(task: Task, state: RunState) -> None:
     utterances = len(task.splits.train)
     if cer:
         raise data.DataError(f'NOT LEARNT: {utterances} utterances, {updates} updates, '
-                             f'CER {cer:.1f}; read the warnings above. Are audio and text of the '
-                             'same utterance?')
-    print(f'learnt: {utterances} utterances by heart after {updates} updates; data, loss and '
-          'network agree')
+                             f'CER {cer:.1f}; read the warnings above, and check that each '
+                             'recording has its own transcript')
+    print(f'learnt: all {utterances} utterances are right after {updates} updates; data, loss and '
+          'network work together')
 
 
 def save_example(path: Path, utterances: Sequence[data.Utterance],
@@ -1080,16 +1082,18 @@ def save_example(path: Path, utterances: Sequence[data.Utterance],
 def finish(task: Task, folder: Path, state: RunState) -> dict:
     """Score, write results.json, report -> its contents. Raises DataError, OSError."""
     splits = task.splits
-    parameters = sum(parameter.numel() for parameter in task.network.parameters())
     checkpoint = state.best or state.last
     task.network.load_state_dict(checkpoint['model'])
     results = {'valid': None, 'valid_beam': None, 'test': None, 'test_beam': None,
                'updates': task.updates_an_epoch * state.epoch, 'train_seconds': state.train_seconds,
-               'parameters': parameters, 'seed': task.args.seed}
+               'parameters': task.parameters, 'seed': task.args.seed}
+    beam = beam_search(task.alphabet, task.language_model, task.args)
     sentences = []
     for split in 'valid', 'test':
-        if getattr(splits, split):
-            evaluation = score(task, folder, split)
+        utterances = getattr(splits, split)
+        if utterances:
+            evaluation = task.evaluate(utterances, beam)
+            save_sentences(folder / f'{split}.tsv', utterances, evaluation.sentences)
             results |= {split: evaluation.rates, f'{split}_beam': evaluation.beam_rates}
             sentences = evaluation.sentences
     checkpoint['run']['test'] = results['test']
@@ -1153,7 +1157,6 @@ def run(args: argparse.Namespace, rank: int = 0, ranks: int = 1) -> dict | None:
         return evaluate_checkpoint(args)
     with contextlib.ExitStack() as held:
         if args.resume:
-            args.begun = True
             if rank == 0:
                 lock(Path(args.resume), held)
             if (Path(args.resume) / 'results.json').exists():
@@ -1182,17 +1185,16 @@ def train_task(args: argparse.Namespace, rank: int, ranks: int,
     """A run from its data to its results. Raises DataError, OSError."""
     try:
         task = prepare(args, rank, ranks)
+        print(f'{len(task.splits.train)} utterances, {task.hours:.2f} hours, '
+              f'{len(task.alphabet)} symbols, {task.parameters:,} parameters')
+        if args.benchmark:
+            return benchmark(task.network, task.train_speech(), args)
+        describe_task(task)
+        folder = open_run(task, held)
     except data.DataError:
         if rank:
-            wait_for_first()  # which meets the same error, and says it
+            wait_for_first()  # which meets the same error, and prints it
         raise
-    parameters = sum(parameter.numel() for parameter in task.network.parameters())
-    print(f'{len(task.splits.train)} utterances, {task.hours:.2f} hours, '
-          f'{len(task.alphabet)} symbols, {parameters:,} parameters')
-    if args.benchmark:
-        return benchmark(task.network, task.train_speech(), args)
-    describe_task(task)
-    folder = open_run(task, held)
     state = fit(task, folder)
     if ranks > 1:
         # A thread of gloo still drops what the last epoch gathered, and aborts where Python ends.
@@ -1222,10 +1224,9 @@ def describe_task(task: Task) -> None:
     if outputs < 2 and frames_per_output > 1:
         advice = f'; that is fast speech, so try --frames_per_output {frames_per_output // 2}'
     print(f'{outputs:.1f} outputs a label{advice}')
-    correlation = data.length_correlation(task.splits.train)
-    if monitor.unrelated_lengths(correlation):
-        print(f'the lengths of recordings and of transcripts have a correlation of '
-              f'{correlation:.2f}, in speech it is above 0.5: do they belong together?')
+    unrelated = monitor.unrelated_lengths(task.length_correlation)
+    if unrelated:
+        print(unrelated)
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> dict:
@@ -1236,9 +1237,11 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
     check_device(args)
     try:
         checkpoint = model.load_checkpoint(args.evaluate)
-        checkpoint = model.with_text(checkpoint, args.lm_text)
     except model.CheckpointError as error:
         raise data.DataError(f'--evaluate {error}') from None
+    language_model = checkpoint.language_model
+    if args.lm_text:
+        language_model = model.read_character_model(args.lm_text, checkpoint.alphabet)
     utterances, faults = data.read_corpus(args.test_data, 'test')
     faults |= data.check_recordings(utterances, {})
     leave_out(faults, args.skip_bad)
@@ -1248,13 +1251,9 @@ def evaluate_checkpoint(args: argparse.Namespace) -> dict:
                              'another corpus')
     check_characters(utterances, checkpoint.alphabet)
     with contextlib.ExitStack() as held:
-        try:
-            folder = make_folder(args.run_dir, held)
-        except OSError as error:
-            raise data.DataError(f'--run_dir {args.run_dir}: cannot be made ({error.strerror}); '
-                                 'name another folder') from None
+        folder = make_folder(args.run_dir, held)
         speech = data.Speech(utterances, checkpoint.alphabet)
-        beam = beam_search(checkpoint.alphabet, checkpoint.language_model, args)
+        beam = beam_search(checkpoint.alphabet, language_model, args)
         evaluation = evaluate(checkpoint.network.to(args.device), speech, args.device,
                               args.workers, beam)
         results = {'valid': None, 'test': evaluation.rates, 'test_beam': evaluation.beam_rates,
@@ -1338,9 +1337,10 @@ def stop(signal_number: int, frame: object) -> None:
 
 def how_to_go_on(args: argparse.Namespace | None) -> str:
     """The next step after a run was ended."""
-    if args is not None and args.begun:
-        return f'to go on: python train.py --resume {shlex.quote(args.resume or args.run_dir)}'
-    return 'nothing was begun: run the same command again'
+    folder = args and (args.resume or args.run_dir)
+    if folder and (Path(folder) / 'config.json').exists():
+        return f'to go on: python train.py --resume {shlex.quote(folder)}'
+    return 'nothing was saved yet: run the same command again'
 
 
 def main(argv: Sequence[str] | None = None) -> dict | None:
@@ -1350,11 +1350,11 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     try:
         with monitor.one_line_ends('train.py', lambda: how_to_go_on(args)):
             args = parse_flags(argv)
-            args.begun = False
             if ranks > 1:
                 torch.distributed.init_process_group('gloo' if args.device == 'cpu' else 'nccl')
                 if args.device != 'cpu':
                     args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
+                    torch.cuda.set_device(args.device)
             with contextlib.redirect_stdout(open(os.devnull, 'w') if rank else sys.stdout):
                 return run(args, rank, ranks)
     except SystemExit as end:
@@ -1362,6 +1362,8 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
             sys.exit(1)  # the first process says it
         raise
     except data.DataError as error:
+        if rank and args is None:
+            sys.exit(1)  # the same flags, the same message
         # From a loader process the error comes with that process's traceback before it.
         sys.exit('train.py: ' + str(error).rpartition('data.DataError: ')[2].strip())
     except RuntimeError as error:
