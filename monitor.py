@@ -473,17 +473,17 @@ def name_phase(record: Mapping, constant: float, before: Mapping | None = None) 
                loss is not a tenth below that of the best output that ignores the sound
     learning   it does, to some use
     learnt     ... and the loss, below a tenth of the constant line, falls by less than a hundredth
-               of that line
+               of that line, or did so before
     """
     loss, entropy, dependence = judged_by(record)
     if dependence < IGNORED and entropy > UNIFORM_ENTROPY:
         return 'uniform'
     if dependence < IGNORED or loss > LEFT * constant:
         return 'constant'
-    falls = before is None or loss < judged_by(before)[0] - FALLING * constant
-    if falls or loss > LEARNT * constant:
+    if loss > LEARNT * constant or before is None:
         return 'learning'
-    return 'learnt'
+    falls = loss < judged_by(before)[0] - FALLING * constant
+    return 'learning' if falls and before.get('phase') != 'learnt' else 'learnt'
 
 
 def judged_by(record: Mapping) -> tuple[float, float, float]:
@@ -980,7 +980,9 @@ def spread_row(group: Sequence[Run]) -> list:
     fractions = [record.get('valid_plateau_fraction', record['train_plateau_fraction'])
                  for record in last]
     left = [str(record.get('left_constant') or 'never') for record in last]
-    return [' '.join(Path(run.name).name for run in group), len(group), f'{rates.mean():.2f}',
+    names = [Path(run.name).name for run in group]
+    name = os.path.commonprefix(names).rstrip('_-') or ' '.join(names)
+    return [name, len(group), f'{rates.mean():.2f}',
             f'{rates.std():.2f}' if len(group) > 1 else '',
             f'{sum(losses) / len(losses):.3f}', f'{100 * sum(fractions) / len(fractions):.0f}',
             ' '.join(left)]
@@ -1088,14 +1090,15 @@ def plot_losses(axes, runs: Sequence[Run]) -> None:
     """Training and validation losses, and the two plateau lines of the first run's data."""
     for run, colour in zip(runs, itertools.cycle(COLOURS)):
         epochs = [record['epoch'] for record in run.log]
-        axes.plot(epochs, [record['train_loss'] for record in run.log], color=colour,
+        axes.plot(epochs, [record['train_loss'] for record in run.log], '--', color=colour,
                   label=f'{short_name(run)}, training')
         if 'valid_loss' in run.log[0]:
-            axes.plot(epochs, [record['valid_loss'] for record in run.log], '--', color=colour,
-                      label='... validation')
-    for name, loss in zip(('uniform', 'constant'), runs[0].config['plateaus']):
+            axes.plot(epochs, [record['valid_loss'] for record in run.log], color=colour,
+                      label=f'{short_name(run)}, validation')
+    names = 'uniform: all symbols equally likely', 'constant: the best that ignores the sound'
+    for name, loss in zip(names, runs[0].config['plateaus']):
         axes.axhline(loss, color='black', linestyle=':', linewidth=1)
-        axes.annotate(f'{name} output: {loss:.2f}', (1, loss), (-2, 3), ha='right',
+        axes.annotate(f'{name}, {loss:.2f}', (1, loss), (-2, 3), ha='right',
                       xycoords=('axes fraction', 'data'), textcoords='offset points')
     logarithmic(axes)
     axes.set_ylabel('CTC loss (nats per label)')
@@ -1122,6 +1125,10 @@ def plot_error_rates(axes, runs: Sequence[Run]) -> None:
         scored = [record for record in run.log if 'wer' in record]
         axes.plot([record['epoch'] for record in scored], [record['wer'] for record in scored],
                   color=colour)
+        if scored:
+            last = scored[-1]
+            axes.annotate(f'{short_name(run)}: {last["wer"]:.1f} %', (last['epoch'], last['wer']),
+                          (0, 4), textcoords='offset points', ha='right', color=colour)
     axes.set_ylim(bottom=0)
     axes.set_ylabel('validation WER (%)')
 
@@ -1132,22 +1139,43 @@ def plot_gradients(axes, runs: Sequence[Run]) -> None:
         for part, style in zip(run.log[0]['grad_parts'], itertools.cycle(LINE_STYLES)):
             axes.plot([record['epoch'] for record in run.log],
                       [max(record['grad_parts'][part], 1e-9) for record in run.log], style,
-                      color=colour, label=part if run is runs[0] else None)
+                      color=colour)
+    for part, style in zip(runs[0].log[0]['grad_parts'], itertools.cycle(LINE_STYLES)):
+        axes.plot([], [], style, color='black', label=part)
     logarithmic(axes)
     axes.set_ylabel('gradient norm (nats per label)')
     axes.legend()
 
 
+def plot_words(axes, runs: Sequence[Run]) -> None:
+    """What was said and heard in the longest sentence that all runs scored, if there is one."""
+    axes.axis('off')
+    texts = [{file: (said, heard) for file, said, heard, *_ in run.sentences} for run in runs]
+    shared = set(texts[0]).intersection(*texts)
+    if not shared:
+        return
+    file = max(sorted(shared), key=lambda file: len(texts[0][file][0]))
+    lines = [('said', texts[0][file][0])]
+    lines += [(short_name(run), heard[file][1] or '(nothing)') for run, heard in zip(runs, texts)]
+    width = max(len(name) for name, _ in lines)
+    for row, ((name, text), colour) in enumerate(zip(lines, ('black', *COLOURS))):
+        axes.text(0, 1 - row / len(lines), f'{name:>{width}}: {text[:100]}', color=colour,
+                  family='monospace', va='top')
+
+
 def plot_runs(runs: Sequence[Run], path: str) -> None:
     """Draw runs on the same axes: losses, phases, WER, gradient norms. Raises RunError."""
     pyplot = load_pyplot()
+    bars = 0.2 * len(runs)
     figure, axes = pyplot.subplot_mosaic(
-        [['loss', 'wer'], ['loss', 'gradients'], ['phases', 'gradients']],
-        figsize=(10, 5.5), height_ratios=[3, 2, 0.5 + 0.3 * len(runs)], layout='constrained')
+        [['loss', 'wer'], ['loss', 'gradients'], ['phases', 'gradients'], ['words', 'words']],
+        figsize=(10, 5.5 + bars), height_ratios=[3, 2, 0.5 + bars, 0.3 + bars],
+        layout='constrained')
     plot_losses(axes['loss'], runs)
     plot_phases(axes['phases'], runs)
     plot_error_rates(axes['wer'], runs)
     plot_gradients(axes['gradients'], runs)
+    plot_words(axes.pop('words'), runs)
     epochs = max(record['epoch'] for run in runs for record in run.log)
     for panel in axes.values():
         panel.set_xlim(0.5, epochs + 0.5)

@@ -2553,7 +2553,7 @@ def fake_run(folder, seed, wer, errors=(), **settings):
 
 
 def test_runs_are_compared(tmp_path, capsys):
-    runs = [fake_run(tmp_path / f'{seed}', seed, wer, dropout=0.1)
+    runs = [fake_run(tmp_path / f'same_{seed}', seed, wer, dropout=0.1)
             for seed, wer in enumerate([2.0, 4.0, 6.0])]
     other = fake_run(tmp_path / 'other', 0, 9.0, dropout=0.3)
     assert exit_code(monitor.main, *runs, other) is False
@@ -2561,7 +2561,7 @@ def test_runs_are_compared(tmp_path, capsys):
     assert settings.splitlines()[0].split() == ['run', 'dropout', 'seed']
     assert '9.00' in scores
     same, alone = [line.split() for line in spread.splitlines()[1:]]
-    assert same == ['0', '1', '2', '3', '4.00', '2.00', '1.200', '120', '300', '300', '300']
+    assert same == ['same', '3', '4.00', '2.00', '1.200', '120', '300', '300', '300']
     assert alone == ['other', '1', '9.00', '1.200', '120', '300']
     assert 'bootstrap' not in spread
 
