@@ -28,7 +28,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import NamedTuple
 
 import numpy as np
@@ -867,7 +867,8 @@ class Run(NamedTuple):
     log: list[dict]                       # of whole lines
     torn: bool                            # whether the log's last line was cut off
     split: str                            # 'test' or 'valid', whichever was scored last
-    rates: dict                           # error rates on it
+    rates: dict                           # error rates on it, greedy
+    beam_rates: dict                      # by beam search
     sentences: list[list[str]]            # on it: [file, said, heard, heard by beam search]
 
     @property
@@ -919,7 +920,8 @@ def read_run(folder: str | Path) -> Run:
         sentences = []
         if results.get(split):
             sentences = read_sentences(folder / f'{split}.tsv')
-        return Run(str(folder), config, log, torn, split, results.get(split) or {}, sentences)
+        return Run(str(folder), config, log, torn, split, results.get(split) or {},
+                   results.get(f'{split}_beam') or {}, sentences)
     except (OSError, ValueError) as error:
         raise RunError(f'{folder}: holds no whole run of train.py ({error!r}); name a run '
                        'folder') from None
@@ -946,8 +948,7 @@ def table(rows: Sequence[Sequence]) -> str:
     return '\n'.join(line.rstrip() for line in lines)
 
 
-SCORES = ['run', 'scored', 'WER %', 'S', 'I', 'D', 'CER %', 'SER %', 'best epoch',
-          'minutes']
+SCORES = ['run', 'scored', 'WER %', 'S', 'I', 'D', 'CER %', 'SER %', 'best epoch', 'minutes']
 
 
 def score_row(run: Run) -> list:
@@ -959,63 +960,88 @@ def score_row(run: Run) -> list:
         return [run.name, 'not finished', '', '', '', '', '', '', best, minutes]
     rates = run.rates
     return [run.name, run.split, f'{rates["wer"]:.2f}', rates['substitutions'], rates['insertions'],
-            rates['deletions'], f'{rates["cer"]:.2f}', f'{rates["ser"]:.1f}', best,
-            minutes]
+            rates['deletions'], f'{rates["cer"]:.2f}', f'{rates["ser"]:.1f}', best, minutes]
 
 
-SPREAD = ['runs that differ by their seed', 'runs', 'WER %', '+-', 'loss', 'plateau %',
-          'left it at update']
+def seed_groups(runs: Iterable[Run]) -> list[list[Run]]:
+    """The runs that have scores, those together that differ by their seed alone."""
+    groups = {}
+    for run in runs:
+        settings = {key: value for key, value in run.settings.items() if key != 'seed'}
+        if run.rates and run.log:
+            key = json.dumps([settings or run.name, run.split], sort_keys=True)
+            groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def group_name(group: Sequence[Run]) -> str:
+    """What the names of a group's runs have in common, or all of them."""
+    names = [Path(run.name).name for run in group]
+    return os.path.commonprefix(names).rstrip('_-') or ' '.join(names)
+
+
+def same_sentences(runs: Sequence[Run]) -> bool:
+    """Whether runs scored the same utterances."""
+    said = [[sentence[:2] for sentence in run.sentences] for run in runs]
+    return bool(said[0]) and all(other == said[0] for other in said)
+
+
+def word_errors(group: Sequence[Run]) -> tuple[Tensor, Tensor]:
+    """Word errors and words (N,) of the utterances that runs scored, means over the runs."""
+    errors = []
+    for run in group:
+        errors.append([edit_counts(said.split(), heard.split()).cost
+                       for _, said, heard, *_ in run.sentences])
+    words = [len(said.split()) for _, said, *_ in group[0].sentences]
+    return torch.tensor(errors).float().mean(0), torch.tensor(words)
+
+
+SPREAD = ['runs that differ by their seed', 'runs', 'WER %', '+-', '95 %', 'beam WER %', 'SER %',
+          'loss', 'plateau %', 'left it at update']
 
 
 def spread_row(group: Sequence[Run]) -> list:
     """What runs that differ by their seed alone come to, as cells of a table.
 
-    WER: mean and standard deviation; loss, and how far it has come from the uniform (0 %) to the
-    constant line (100 %): means of the last epoch, by validation if there is one; the updates at
-    which the constant plateau was left.
+    WER: mean, which is that of all their words together, standard deviation, and bootstrap interval
+    over utterances; WER by beam search and SER: means. Loss, and how far it has come from the
+    uniform (0 %) to the constant line (100 %): means of the last epoch, by validation if there is
+    one; the updates at which the constant plateau was left.
     """
     rates = torch.tensor([run.rates['wer'] for run in group], dtype=torch.float64)
-    last = [run.log[-1] for run in group if run.log]
+    beam = [run.beam_rates['wer'] for run in group if run.beam_rates]
+    sentences = [run.rates['ser'] for run in group]
+    last = [run.log[-1] for run in group]
     losses = [record.get('valid_loss', record['train_loss']) for record in last]
     fractions = [record.get('valid_plateau_fraction', record['train_plateau_fraction'])
                  for record in last]
     left = [str(record.get('left_constant') or 'never') for record in last]
-    names = [Path(run.name).name for run in group]
-    name = os.path.commonprefix(names).rstrip('_-') or ' '.join(names)
-    return [name, len(group), f'{rates.mean():.2f}',
+    interval = ''
+    if same_sentences(group):
+        low, high = bootstrap_interval(*word_errors(group))
+        interval = f'{low:.1f} to {high:.1f}'
+    return [group_name(group), len(group), f'{rates.mean():.2f}',
             f'{rates.std():.2f}' if len(group) > 1 else '',
-            f'{sum(losses) / len(losses):.3f}', f'{100 * sum(fractions) / len(fractions):.0f}',
+            interval,
+            f'{mean(beam):.2f}' if beam else '',
+            f'{mean(sentences):.1f}',
+            f'{mean(losses):.3f}',
+            f'{100 * mean(fractions):.0f}',
             ' '.join(left)]
 
 
-def print_spread(runs: Sequence[Run]) -> None:
-    """Print what groups of runs that differ by their seed alone come to."""
-    groups = {}
-    for run in runs:
-        settings = {key: value for key, value in run.settings.items() if key != 'seed'}
-        if run.rates and run.log and settings:
-            key = json.dumps([settings, run.split], sort_keys=True)
-            groups.setdefault(key, []).append(run)
-    if any(len(group) > 1 for group in groups.values()):
-        print('', table([SPREAD, *map(spread_row, groups.values())]), sep='\n')
-
-
-def paired_bootstrap(one: Run, two: Run) -> tuple[float, list[float]]:
-    """How much higher the second run's WER is, in points, and the middle 95 % of its samples.
+def paired_bootstrap(one: Sequence[Run], two: Sequence[Run]) -> tuple[float, list[float]]:
+    """How much higher the second group's WER is, in points, and the middle 95 % of its samples.
 
     10,000 samples of the utterances that both scored, the same for both (Bisani & Ney 2004).
     """
-    words = torch.tensor([len(said.split()) for _, said, *_ in one.sentences])
-    errors = []
-    for run in one, two:
-        errors.append(torch.tensor([edit_counts(said.split(), heard.split()).cost
-                                    for _, said, heard, *_ in run.sentences]))
-    more = errors[1] - errors[0]
+    errors, words = word_errors(one)
+    more = word_errors(two)[0] - errors
     return (100 * more.sum() / words.sum()).item(), bootstrap_interval(more, words, 10_000)
 
 
 def print_comparison(runs: Sequence[Run]) -> None:
-    """Print the settings that differ, the scores, their spread; for two, whether they differ."""
+    """Print the settings that differ, scores and spread; of two groups, or runs, the better one."""
     keys = sorted({key for run in runs for key in run.settings})
     differ = [key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1]
     if differ:
@@ -1023,17 +1049,17 @@ def print_comparison(runs: Sequence[Run]) -> None:
         rows += [[run.name, *(run.settings.get(key) for key in differ)] for run in runs]
         print(table(rows), end='\n\n')
     print(table([SCORES, *map(score_row, runs)]))
-    print_spread(runs)
-    if len(runs) == 2 and all(run.sentences for run in runs):
-        one, two = runs
-        said = [[sentence[:2] for sentence in run.sentences] for run in runs]
-        if said[0] == said[1]:
-            more, (low, high) = paired_bootstrap(one, two)
-            verdict = 'no significant difference'
-            if low > 0 or high < 0:
-                verdict = f'{(one if low > 0 else two).name} is better'
-            print(f'paired bootstrap: the second has {more:+.2f} points of WER '
-                  f'(95 %: {low:+.2f} to {high:+.2f}): {verdict}')
+    groups = seed_groups(runs)
+    if len(groups) < len(runs):
+        print('', table([SPREAD, *map(spread_row, groups)]), sep='\n')
+    sides = [[run] for run in runs] if len(runs) == 2 else groups
+    if len(sides) == 2 and same_sentences([run for side in sides for run in side]):
+        more, (low, high) = paired_bootstrap(*sides)
+        verdict = 'no significant difference'
+        if low > 0 or high < 0:
+            verdict = f'{group_name(sides[0] if low > 0 else sides[1])} is better'
+        print(f'paired bootstrap: {group_name(sides[1])} has {more:+.2f} points of WER '
+              f'(95 %: {low:+.2f} to {high:+.2f}): {verdict}')
 
 
 # ---- pictures ------------------------------------------------------------------------------------

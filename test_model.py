@@ -2560,17 +2560,27 @@ def test_runs_are_compared(tmp_path, capsys):
     settings, scores, spread = capsys.readouterr().out.split('\n\n')
     assert settings.splitlines()[0].split() == ['run', 'dropout', 'seed']
     assert '9.00' in scores
-    same, alone = [line.split() for line in spread.splitlines()[1:]]
-    assert same == ['same', '3', '4.00', '2.00', '1.200', '120', '300', '300', '300']
-    assert alone == ['other', '1', '9.00', '1.200', '120', '300']
-    assert 'bootstrap' not in spread
+    same, alone = [' '.join(line.split()) for line in spread.splitlines()[1:3]]
+    assert same == 'same 3 4.00 2.00 0.0 to 0.0 100.0 1.200 120 300 300 300'
+    assert alone == 'other 1 9.00 0.0 to 0.0 100.0 1.200 120 300'
+
+
+def test_groups_of_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
+    """The mean errors of each group: two runs wrong in all sentences, one wrong in one."""
+    bad = [fake_run(tmp_path / f'bad_{seed}', seed, 50.0, errors=[0, 1, 2], dropout=0.3)
+           for seed in (0, 1)]
+    good = fake_run(tmp_path / 'good_0', 0, 0.0, dropout=0.1)
+    assert exit_code(monitor.main, *bad, good) is False
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith('paired bootstrap: good_0 has -100.00 points of WER')
+    assert line.endswith('good_0 is better')
 
 
 def test_two_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
     """Three errors more in six words are 50 points; of three sentences one sample may hold any."""
     one = monitor.read_run(fake_run(tmp_path / 'one', 0, 0.0))
     two = monitor.read_run(fake_run(tmp_path / 'two', 1, 50.0, errors=[2]))
-    more, (low, high) = monitor.paired_bootstrap(one, two)
+    more, (low, high) = monitor.paired_bootstrap([one], [two])
     assert more == pytest.approx(50)
     assert low == 0
     assert high == pytest.approx(100)
@@ -2952,6 +2962,21 @@ def test_test_data_is_scored_with_the_best_checkpoint(corpus, tmp_path):
     results = train_run(tmp_path, *corpus.flags, '--test_data', corpus.valid, '--epochs=2',
                         '--num_train_samples=8', *SMALL)
     assert results['test'] == results['valid']
+
+
+def test_sentences_new_to_training_are_scored_by_themselves(corpus, tmp_path):
+    rows = []
+    for manifest in corpus.train, corpus.valid:
+        for line in Path(manifest).read_text().splitlines():
+            row = json.loads(line)
+            rows.append(json_row(str(Path(manifest).parent / row['audio_filepath']), row['text']))
+    test = tmp_path / 'both.jsonl'
+    write_lines(test, rows)
+    results = train_run(tmp_path / 'run', *corpus.flags, '--test_data', str(test), '--epochs=1',
+                        *SMALL)
+    assert results['test']['utterances'] == 26
+    assert results['test_new'] == results['valid']
+    assert results['test_new_beam'] == results['valid_beam']
 
 
 def test_training_on_everything_keeps_the_last_checkpoint(corpus, tmp_path):

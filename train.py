@@ -459,11 +459,14 @@ def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu', worke
                                       heard=data.decode(decoded[row], speech.alphabet),
                                       path=''.join(path),
                                       beam=beam(log_probs[row, :length]) if beam else ''))
-    said = [s.said for s in sentences]
-    rates = monitor.error_rates(said, [s.heard for s in sentences])
-    beam_rates = monitor.error_rates(said, [s.beam for s in sentences]) if beam else None
-    return Evaluation(sum(losses) / max(1, len(losses)), rates, beam_rates, outputs.summary(),
+    return Evaluation(sum(losses) / max(1, len(losses)), error_rates(sentences, 'heard'),
+                      error_rates(sentences, 'beam') if beam else None, outputs.summary(),
                       sorted(sentences))
+
+
+def error_rates(sentences: Sequence[Sentence], heard: str) -> dict:
+    """monitor.error_rates of what was 'heard', greedily, or by 'beam' search."""
+    return monitor.error_rates([s.said for s in sentences], [getattr(s, heard) for s in sentences])
 
 
 def beam_search(alphabet: Sequence[str], language_model: model.CharacterModel,
@@ -1046,11 +1049,12 @@ def print_scores(split: str, rates: dict) -> None:
 
 def print_all_scores(results: Mapping) -> None:
     """Print the error rates of a results.json, greedy and by beam search."""
-    for split in 'valid', 'test':
-        if results[split]:
-            print_scores(split, results[split])
+    names = {'valid': 'valid', 'test': 'test', 'test_new': 'test, sentences new to training'}
+    for split, name in names.items():
+        if results.get(split):
+            print_scores(name, results[split])
         if results.get(f'{split}_beam'):
-            print_scores(f'{split}, beam search', results[f'{split}_beam'])
+            print_scores(f'{name}, beam search', results[f'{split}_beam'])
 
 
 def print_verdict(task: Task, state: RunState) -> None:
@@ -1096,6 +1100,12 @@ def finish(task: Task, folder: Path, state: RunState) -> dict:
             save_sentences(folder / f'{split}.tsv', utterances, evaluation.sentences)
             results |= {split: evaluation.rates, f'{split}_beam': evaluation.beam_rates}
             sentences = evaluation.sentences
+    if splits.test:
+        texts = {u.text for u in splits.train}
+        new = [s for s in sentences if s.said not in texts]
+        if 0 < len(new) < len(sentences):  # a language model knows the others by heart
+            results['test_new'] = error_rates(new, 'heard')
+            results['test_new_beam'] = error_rates(new, 'beam') if beam else None
     checkpoint['run']['test'] = results['test']
     save(checkpoint, folder / state.kept)
     clip = save_example(folder / 'clip.wav', splits.test or splits.valid or splits.train, sentences)
