@@ -576,14 +576,11 @@ def unrelated_lengths(correlation: float | None) -> str | None:
             'compare their texts')
 
 
-def stuck_reason(log: Sequence[Mapping], config: Mapping) -> str:
+def stuck_reason(log: Sequence[Mapping]) -> str:
     """Why a run has not left its plateau, and what to try first."""
     last = log[-1]
     updates = last['updates']
     moved = max(record['weight_change'] for record in log)
-    unrelated = unrelated_lengths(config.get('length_correlation'))
-    if unrelated:
-        return unrelated
     if moved < SLOW_CHANGE:
         return (f'the weights hardly move: at most {moved:.1%} of their size in an epoch; raise '
                 '--learning_rate tenfold')
@@ -612,14 +609,18 @@ def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
         best = best_epoch(log)
         yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
                f"CER {best['cer']:.2f} %")
-    step = batch_norm_warning(last)
-    if step:
-        pass
-    elif last['phase'] in ('uniform', 'constant') and last['left_constant'] is not None:
+    stuck = last['phase'] in ('uniform', 'constant')
+    unrelated = unrelated_lengths(config.get('length_correlation'))
+    batch_norm = batch_norm_warning(last)
+    if batch_norm:
+        step = batch_norm
+    elif stuck and unrelated:
+        step = unrelated
+    elif stuck and last['left_constant'] is not None:
         step = ('the network fits the training utterances alone; get more of them, and check that '
                 'each transcript belongs to its recording')
-    elif last['phase'] in ('uniform', 'constant'):
-        step = stuck_reason(log, config)
+    elif stuck:
+        step = stuck_reason(log)
     elif last['nonfinite'] or (last['clipped'] > 0.9 and last['train_plateau_fraction'] < 1.1):
         step = 'many updates are skipped or clipped; halve --learning_rate'
     elif 'wer' not in last:

@@ -2497,8 +2497,9 @@ def test_advice_on_how_to_go_on(last, step):
 
 
 def test_transcripts_of_other_recordings_are_known_by_their_lengths():
-    *_, advice = monitor.explain([STUCK], {'length_correlation': 0.03})
-    assert 'do not belong together' in advice
+    for last in STUCK, STUCK | {'left_constant': 300}:  # learnt by heart or not
+        *_, advice = monitor.explain([last], {'length_correlation': 0.03})
+        assert 'do not belong together' in advice
 
 
 def test_advice_names_the_best_epoch():
@@ -2667,7 +2668,7 @@ def forget_batch_norm(monkeypatch):
 
 PLANTED = {
     'learning rate too low': (['--learning_rate=3e-6'], 'the weights hardly move'),
-    'learning rate too high': (['--learning_rate=3e-2'], 'the weights change too fast'),
+    'learning rate too high': (['--learning_rate=1e-1'], 'the weights change too fast'),
     'too few updates': (['--epochs=1', '--num_train_samples=200'], 'updates are few'),
     'shuffled transcripts': (shuffle_transcripts, 'recordings and transcripts do not belong'),
     'vanishing gradient': (scale_the_second_layer_down, 'the gradient does not reach every part'),
