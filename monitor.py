@@ -1122,14 +1122,14 @@ def plot_losses(axes, runs: Sequence[Run]) -> None:
         if 'valid_loss' in run.log[0]:
             axes.plot(epochs, [record['valid_loss'] for record in run.log], color=colour,
                       label=f'{short_name(run)}, validation')
-    names = 'uniform: all symbols equally likely', 'constant: the best that ignores the sound'
+    names = 'uniform: all symbols equally likely', 'constant: best output that ignores the sound'
     for name, loss in zip(names, runs[0].config['plateaus']):
-        axes.axhline(loss, color='black', linestyle=':', linewidth=1)
+        axes.axhline(loss, color='0.5', linestyle=':', linewidth=1)
         axes.annotate(f'{name}, {loss:.2f}', (1, loss), (-2, 3), ha='right',
                       xycoords=('axes fraction', 'data'), textcoords='offset points')
     logarithmic(axes)
     axes.set_ylabel('CTC loss (nats per label)')
-    axes.legend()
+    axes.legend(loc='lower left')
 
 
 def plot_phases(axes, runs: Sequence[Run]) -> None:
@@ -1142,7 +1142,8 @@ def plot_phases(axes, runs: Sequence[Run]) -> None:
     axes.set_ylim(len(runs) - 0.5, -0.5)
     for phase, colour in PHASE_COLOURS.items():
         axes.barh(0, 0, color=colour, label=phase)
-    axes.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1), columnspacing=1)
+    axes.legend(ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1), columnspacing=1,
+                title='phase of each epoch')
     axes.spines[:].set_visible(False)
 
 
@@ -1155,7 +1156,7 @@ def plot_error_rates(axes, runs: Sequence[Run]) -> None:
         if scored:
             last = scored[-1]
             axes.annotate(f'{short_name(run)}: {last["wer"]:.1f} %', (last['epoch'], last['wer']),
-                          (0, 4), textcoords='offset points', ha='right', color=colour)
+                          (0, 6), textcoords='offset points', ha='right', color=colour)
     axes.set_ylim(bottom=0)
     axes.set_ylabel('validation WER (%)')
 
@@ -1182,8 +1183,9 @@ def plot_words(axes, runs: Sequence[Run]) -> None:
     if not shared:
         return
     file = max(sorted(shared), key=lambda file: len(texts[0][file][0]))
-    lines = [('said', texts[0][file][0])]
-    lines += [(short_name(run), heard[file][1] or '(nothing)') for run, heard in zip(runs, texts)]
+    lines = [('one sentence, said', texts[0][file][0])]
+    lines += [(f'heard, {short_name(run)}', heard[file][1] or '(nothing)')
+              for run, heard in zip(runs, texts)]
     width = max(len(name) for name, _ in lines)
     for row, ((name, text), colour) in enumerate(zip(lines, ('black', *COLOURS))):
         axes.text(0, 1 - row / len(lines), f'{name:>{width}}: {text[:100]}', color=colour,

@@ -9,6 +9,7 @@ sections follow the modules: model, data, monitor, train; real recordings come l
 """
 import contextlib
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -3664,6 +3666,84 @@ def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
     assert untrained_wer >= 99
     assert len(errors) > 400
     assert np.median(errors) <= 0.03
+
+
+# ---- the README ----------------------------------------------------------------------------------
+
+README = Path(__file__).with_name('README.md')
+
+
+def readme_commands():
+    """Every command of the README that begins with python, optional parts included."""
+    text = README.read_text()
+    indented = re.findall(r'^    (python (?:.*\\\n)*.*)', text, flags=re.M)
+    inline = re.findall(r'`(python [^`]*)`', re.sub(r'```.*?```', '', text, flags=re.S))
+    commands = []
+    for command in indented + inline:
+        command = re.sub(r'\s+#.*', '', command.replace('\\\n', ' '))
+        commands.append(' '.join(re.sub(r'[][]', '', command).split()))
+    return commands
+
+
+@slow
+def test_every_command_of_the_readme_runs(corpus, tmp_path, monkeypatch):
+    """On tones, with a small network and few epochs; what a name stands for is put in its place."""
+    monkeypatch.chdir(tmp_path)
+    utterances = read_utterances(corpus.train)
+    for folder in 'my', 'corpus', 'an4/etc', 'an4/wav':
+        Path(folder).mkdir(parents=True)
+    for name in 'my/train.tsv', 'my/test.tsv', 'other.tsv':
+        write_lines(Path(name), ['path\tsentence', *(f'{u.path}\t{u.text}' for u in utterances)])
+    for name in 'corpus/train', 'corpus/valid', 'corpus/test', 'fit', 'dev':
+        write_lines(Path(f'{name}.jsonl'), [json_row(str(u.path), u.text) for u in utterances])
+    for u in utterances:
+        shutil.copy(u.path, 'an4/wav')
+    for split in 'train', 'test':
+        lines = [f'<s> {u.text} </s> ({u.path.stem})' for u in utterances]
+        write_lines(Path(f'an4/etc/an4_{split}.transcription'), lines)
+        write_lines(Path(f'an4/etc/an4_{split}.fileids'), [u.path.stem for u in utterances])
+    Path('book.txt').write_text('abc de\n')
+    soundfile.write('clip.wav', tones('abc de', np.random.default_rng(0)), 16000)
+    soundfile.write('clip.mp3', tones('abc de', np.random.default_rng(0)), 16000)
+    small = ['--blocks=3', '--hidden=16', '--epochs=1']
+    train_run(Path('runs/first'), '--train_data', 'my/train.tsv', *small)
+    folder = Path(train.__file__).parent
+    commands = readme_commands()
+    assert len(commands) > 20
+    for command in commands:
+        if '--plot' in command and not importlib.util.find_spec('matplotlib'):
+            continue
+        for name, stands_for in [('runs/...', 'runs/first'), ('CORPUS', 'my/train.tsv'),
+                                 ('RUN', 'runs/first')]:
+            command = command.replace(name, stands_for)
+        _, program, *flags = shlex.split(command)
+        if program == '-m':  # pytest: its tests are these
+            continue
+        if program == 'train.py' and not {'--resume', '--evaluate', '--overfit'} & set(flags):
+            flags += small
+        done = subprocess.run([sys.executable, folder / program, *flags], capture_output=True,
+                              text=True)
+        learnt_nothing = '--overfit' in flags and 'NOT LEARNT' in done.stderr
+        assert done.returncode == 0 or learnt_nothing, (command, done.stderr)
+
+
+def test_every_test_that_the_readme_names_exists():
+    text = README.read_text()
+    names = re.findall(r'pytest (?:-q )?-k "?([\w ]+)', text)
+    assert len(names) > 5
+    source = Path(__file__).read_text()
+    for name in ' or '.join(names).split(' or '):
+        assert re.search(rf'def test_\w*{name}', source), name
+
+
+def test_every_figure_of_the_readme_is_in_the_results():
+    """Every number with a decimal point, code and settings apart."""
+    text = re.sub(r'```.*?```|`[^`]*`', '', README.read_text(), flags=re.S)
+    text = re.sub(r'^    .*$', '', text, flags=re.M)
+    figures = set(re.findall(r'(?<![\w.])\d+\.\d+(?![\w.])', text))
+    assert len(figures) > 10
+    results = README.with_name('results').joinpath('README.md').read_text()
+    assert figures - set(re.findall(r'\d+\.\d+', results)) == set()
 
 
 # ---- real recordings -----------------------------------------------------------------------------
