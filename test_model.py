@@ -244,7 +244,7 @@ def zeros(frames, clips=1):
 @pytest.mark.parametrize('frames_per_output', [1, 2, 4])
 @torch.no_grad()
 def test_output_length_is_exact(frames_per_output):
-    """ceil(T / frames_per_output) outputs for every T from 1 to 300, alone and in a batch."""
+    """ceil(T / frames_per_output) outputs for every T from 1 to 300, alone for those up to 40."""
     network = make_network(frames_per_output=frames_per_output, **NARROW).eval()
     lengths = torch.arange(1, 301)
     promised = [math.ceil(t / frames_per_output) for t in range(1, 301)]
@@ -253,7 +253,7 @@ def test_output_length_is_exact(frames_per_output):
         log_probs, n = network(zeros(int(chunk[-1]), clips=50), chunk)
         assert n.tolist() == promised[chunk[0] - 1:chunk[-1]]
         assert log_probs.shape[1] == n[-1]
-    for t, outputs in enumerate(promised, 1):
+    for t, outputs in enumerate(promised[:40], 1):
         features = network.before_lstm(zeros(t), torch.tensor([t]))
         assert features.shape[1] == outputs
 
@@ -3156,11 +3156,11 @@ def kill_at(process, folder, kill_signal, rng, seconds):
     return process.communicate()[1]
 
 
-def survive(uninterrupted, folder, kill_signal, rng):
-    """Kill a run twice and let it finish; it must leave what the uninterrupted one leaves."""
+def survive(uninterrupted, folder, kill_signal, rng, kills):
+    """Kill a run this often and let it finish; it must leave what the uninterrupted one leaves."""
     flags, expected, seconds = uninterrupted
     command = [*flags, '--run_dir', folder]
-    for _ in range(2):
+    for _ in range(kills):
         err = kill_at(start_training(*command), folder, kill_signal, rng, seconds)
         assert err.count('\n') <= 1, err
         command = ['--resume', folder]
@@ -3172,14 +3172,14 @@ def survive(uninterrupted, folder, kill_signal, rng):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(uninterrupted, tmp_path):
-    survive(uninterrupted, tmp_path / 'run', signal.SIGKILL, random.Random(9))
+    survive(uninterrupted, tmp_path / 'run', signal.SIGKILL, random.Random(9), kills=1)
 
 
 @slow
 def test_forty_killed_runs_go_on_as_if_nothing_had_been(uninterrupted, tmp_path):
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
     for i in range(40):
-        survive(uninterrupted, tmp_path / f'{i}', signals[i % 3], random.Random(i))
+        survive(uninterrupted, tmp_path / f'{i}', signals[i % 3], random.Random(i), kills=2)
 
 
 def stop_after(epochs, monkeypatch):
@@ -3310,6 +3310,7 @@ def test_default_folders_have_numbers(tmp_path, monkeypatch):
     assert names == ['now', 'now-2', 'now-3']
 
 
+@slow
 def test_a_full_disk_ends_a_run_in_a_line(corpus, tmp_path):
     """Files of 200 kB at most: state.pt has no room; what was there before it stays."""
     resource = pytest.importorskip('resource')
@@ -3330,6 +3331,7 @@ def test_a_full_disk_ends_a_run_in_a_line(corpus, tmp_path):
     assert train.main(['--resume', str(folder)])['updates'] == 3
 
 
+@slow
 def test_a_closed_pipe_ends_a_run_in_a_line(corpus, tmp_path):
     run = start_training(*corpus.flags, '--epochs=1', *SMALL, '--run_dir', tmp_path / 'run')
     run.stdout.close()
@@ -3509,6 +3511,7 @@ def test_two_processes_resume_and_end_together(corpus, tmp_path):
         assert value == expected[key], key
 
 
+@slow
 def test_an_error_in_the_data_is_said_once(corpus):
     run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone',
                           '--nproc_per_node=2', train.__file__, '--train_data=nowhere.jsonl'],
@@ -3775,6 +3778,7 @@ def test_an4_has_its_plateaus_where_english_has_them():
     assert constant == pytest.approx(2.9, abs=0.2)
 
 
+@slow
 @needs_an4
 def test_an4_in_every_form_gives_the_same_batches(tmp_path):
     assert_same_batches(read_utterances(Path(AN4) / 'dev.jsonl')[::2], tmp_path)

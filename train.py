@@ -1387,3 +1387,6 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
 
 if __name__ == '__main__':
     main()
+    if 'RANK' in os.environ:  # torchrun: threads of gloo may abort where Python ends by itself
+        sys.stdout.flush()
+        os._exit(0)
