@@ -244,10 +244,10 @@ def zeros(frames, clips=1):
 @pytest.mark.parametrize('frames_per_output', [1, 2, 4])
 @torch.no_grad()
 def test_output_length_is_exact(frames_per_output):
-    """ceil(T / frames_per_output) outputs for every T from 1 to 300, alone for those up to 40."""
+    """ceil(T / frames_per_output) outputs for every T from 1 to 100, alone for those up to 40."""
     network = make_network(frames_per_output=frames_per_output, **NARROW).eval()
-    lengths = torch.arange(1, 301)
-    promised = [math.ceil(t / frames_per_output) for t in range(1, 301)]
+    lengths = torch.arange(1, 101)
+    promised = [math.ceil(t / frames_per_output) for t in range(1, 101)]
     assert network.output_lengths(lengths).tolist() == promised
     for chunk in lengths.split(50):
         log_probs, n = network(zeros(int(chunk[-1]), clips=50), chunk)
@@ -658,10 +658,11 @@ def test_a_character_model_is_pruned_from_its_rarest_contexts():
 def best_text(log_probs, alphabet, language_model, lm_weight, label_bonus):
     """The text of the highest score, by listing all paths."""
     outputs, symbols = log_probs.shape
+    rows = log_probs.tolist()
     likelihood = Counter()
     for path in itertools.product(range(symbols), repeat=outputs):
         text = ''.join(alphabet[emission.symbol] for emission in model.collapse(path))
-        likelihood[text] += math.exp(sum(log_probs[t, s].item() for t, s in enumerate(path)))
+        likelihood[text] += math.exp(sum(rows[t][s] for t, s in enumerate(path)))
     scores = {}
     for text, probability in likelihood.items():
         scores[text] = math.log(probability)
@@ -689,11 +690,11 @@ def test_beam_search_finds_the_best_text_of_all(lm_weight, label_bonus):
 
 
 def test_beam_search_of_a_long_clip_neither_fades_nor_forgets():
-    """20,000 outputs, whose probability as a number would be zero: every letter is found."""
-    paths = torch.tensor([0, 1, 0, 2] * 5000)
-    log_probs = (8.0 * F.one_hot(paths, 3)).log_softmax(1)
+    """8,000 outputs, whose probability as a number would be zero: every letter is found."""
+    paths = torch.tensor([0, 1, 0, 2] * 2000)
+    log_probs = (3.0 * F.one_hot(paths, 3)).log_softmax(1)
     text = model.beam_decode(log_probs, ['', 'a', 'b'], None, model.Decoding(width=4))
-    assert text == 'ab' * 5000
+    assert text == 'ab' * 2000
 
 
 def test_clips_are_decoded_by_beam_search(by_heart, tmp_path, capsys):
@@ -912,6 +913,7 @@ def test_features_do_not_depend_on_loudness():
         assert torch.allclose(mels, expected, atol=1e-3)
 
 
+@functools.cache
 def spoken_wave():
     """Some words of the synthesiser, by a voice in a quiet room, in whole frames."""
     return data.synthesise('seven two nine', 3)[0][:25600]
@@ -2406,11 +2408,10 @@ def test_nothing_is_found_in_a_healthy_network_of_others(kind):
 @pytest.mark.parametrize('fault', CTC_FAULTS)
 def test_a_fault_in_a_network_of_others_is_named_and_no_other(kind, fault):
     plant, words = CTC_FAULTS[fault]
-    for seed in range(1003, 1006):
-        x, rest = toy_batch(seed)
-        finding, = monitor.check_ctc(*plant(CTCBatch(learnt_network(kind)(x), *rest)))
-        assert words in finding
-        assert re.search(r'[;,] \w+', finding)
+    x, rest = toy_batch(1003)
+    finding, = monitor.check_ctc(*plant(CTCBatch(learnt_network(kind)(x), *rest)))
+    assert words in finding
+    assert re.search(r'[;,] \w+', finding)
 
 
 def test_the_plateaus_of_a_batch_are_named():
@@ -2947,24 +2948,19 @@ def test_a_run_is_not_overwritten(first_run, corpus):
     assert 'is not empty' in message
 
 
-@pytest.mark.parametrize('workers,tolerance', [(0, 0), (1, 1e-2)])
-def test_a_run_repeats_from_its_seed(workers, tolerance, corpus, tmp_path):
-    """Bit for bit in the same process.
+def test_a_run_repeats_itself_with_workers(corpus, tmp_path):
+    """Nearly: another process may get other last bits from the Fourier transform.
 
-    Another process may get other last bits from the Fourier transform, and training makes more of
-    them.
+    Dropout is large, so that other random numbers would show; the tests of killed runs compare bit
+    for bit.
     """
-    train_run(tmp_path / 'once', *corpus.flags, *FIRST_RUN, *SMALL)
-    train_run(tmp_path / 'again', *corpus.flags, *FIRST_RUN, *SMALL, f'--workers={workers}')
+    flags = [*corpus.flags, *SMALL, '--epochs=1', '--batch_size=2', '--num_train_samples=8',
+             '--dropout=0.5']
+    train_run(tmp_path / 'once', *flags)
+    train_run(tmp_path / 'again', *flags, '--workers=1')
     losses = [record['train_loss'] for record in read_log(tmp_path / 'once')]
     again = [record['train_loss'] for record in read_log(tmp_path / 'again')]
-    assert again == pytest.approx(losses, rel=tolerance, abs=0)
-
-
-def test_test_data_is_scored_with_the_best_checkpoint(corpus, tmp_path):
-    results = train_run(tmp_path, *corpus.flags, '--test_data', corpus.valid, '--epochs=2',
-                        '--num_train_samples=8', *SMALL)
-    assert results['test'] == results['valid']
+    assert again == pytest.approx(losses, rel=1e-3, abs=0)
 
 
 def test_sentences_new_to_training_are_scored_by_themselves(corpus, tmp_path):
@@ -3014,6 +3010,7 @@ def test_bad_utterances_are_left_out(broken, corpus, tmp_path, capsys):
 
 # ---- train: the fixes ----------------------------------------------------------------------------
 
+@functools.cache
 def effect(*flags):
     """What a fix may change, at the default settings: weights, lengths, optimiser, loop."""
     args = train.parse_flags(list(flags))
@@ -3194,16 +3191,22 @@ def stop_after(epochs, monkeypatch):
     monkeypatch.setattr(train.Learner, 'train', stopping)
 
 
-@pytest.fixture
-def stopped(corpus, tmp_path, monkeypatch):
+@pytest.fixture(scope='session')
+def stopped_run(corpus, tmp_path_factory):
     """The folder of a run that was stopped after the second of three epochs."""
-    folder = tmp_path / 'run'
-    with monkeypatch.context() as context:
+    folder = tmp_path_factory.mktemp('stopped') / 'run'
+    with pytest.MonkeyPatch.context() as context:
         stop_after(2, context)
         message = exit_code(train.main, *corpus.flags, '--epochs=3', '--dropout=0.2', *SMALL,
                             '--run_dir', folder)
     assert message == f'train.py: stopped; to go on: python train.py --resume {folder}'
     return folder
+
+
+@pytest.fixture
+def stopped(stopped_run, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(stopped_run, tmp_path / 'run'))
 
 
 def test_a_resumed_run_has_its_own_settings(stopped):
@@ -3440,7 +3443,7 @@ def test_scoring_needs_a_corpus(first_run):
 def test_overfit_stops_when_all_is_learnt(by_heart):
     log = read_log(by_heart.folder)
     assert log[-1]['cer'] == 0
-    assert len(log) < 20
+    assert len(log) < 7
 
 
 def test_overfit_says_what_was_not_learnt(corpus, tmp_path):
