@@ -812,6 +812,8 @@ def number_of(fields: dict, field: str) -> float | None:
     if fields[field] == '':
         return None
     try:
+        if isinstance(fields[field], bool):
+            raise ValueError
         return float(fields[field])
     except (ValueError, TypeError, OverflowError):
         raise DataError(f'has {repr(fields[field])[:SHORT]} for its {field}; give seconds as a '

@@ -110,6 +110,8 @@ class Config:
             raise ValueError(f'blocks must be 2 to {len(BLOCKS)}')
         if not 0 <= self.dropout < 1:
             raise ValueError('dropout must be at least 0 and below 1')
+        if min(self.vocab_size, self.n_mels, self.projection, self.hidden, self.layers) < 1:
+            raise ValueError('vocab_size, n_mels, projection, hidden and layers must be 1 or more')
         if self.deep_path not in ('gated', 'alone'):
             raise ValueError('deep_path must be gated or alone')
         if self.upsample not in ('interpolate', 'transpose'):
@@ -666,10 +668,10 @@ def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
 # ---- words and their times -----------------------------------------------------------------------
 
 # Chosen on voices of the built-in corpus that are in none of its splits.
-MAX_ONSET = 8       # frames of 10 ms that a word may last before its first output
-SILENCE_LEVEL = -0.4  # mean normalised log-mel of a frame: below, no word has begun
-RELEASE = 7         # frames that a word lasts after its last output
-GAP_SHARE = 0.6     # of the gap between two words that would overlap: the first one's
+MAX_ONSET = 8          # frames of 10 ms that a word may last before its first output
+SILENCE_LEVEL = -0.4   # mean normalised log-mel of a frame: below, no word has begun
+RELEASE = 7            # frames that a word lasts after its last output
+GAP_SHARE = 0.6        # of the gap between two words that would overlap: the first one's
 
 
 class Word(NamedTuple):

@@ -225,6 +225,7 @@ def by_heart(tmp_path_factory):
     ({'deep_path': 'both'}, 'deep_path must be gated or alone'),
     ({'upsample': 'repeat'}, 'upsample must be interpolate or transpose'),
     ({'output_init': 'zero'}, 'output_init must be xavier or normal'),
+    ({'layers': 0}, 'layers must be 1 or more'),
 ])
 def test_config_rejects_what_is_out_of_range(config, complaint):
     with pytest.raises(ValueError, match=complaint):
@@ -244,16 +245,16 @@ def zeros(frames, clips=1):
 @pytest.mark.parametrize('frames_per_output', [1, 2, 4])
 @torch.no_grad()
 def test_output_length_is_exact(frames_per_output):
-    """ceil(T / frames_per_output) outputs for every T from 1 to 100, alone for those up to 40."""
+    """ceil(T / frames_per_output) outputs for every T from 1 to 300, alone and in a batch."""
     network = make_network(frames_per_output=frames_per_output, **NARROW).eval()
-    lengths = torch.arange(1, 101)
-    promised = [math.ceil(t / frames_per_output) for t in range(1, 101)]
+    lengths = torch.arange(1, 301)
+    promised = [math.ceil(t / frames_per_output) for t in range(1, 301)]
     assert network.output_lengths(lengths).tolist() == promised
     for chunk in lengths.split(50):
         log_probs, n = network(zeros(int(chunk[-1]), clips=50), chunk)
         assert n.tolist() == promised[chunk[0] - 1:chunk[-1]]
         assert log_probs.shape[1] == n[-1]
-    for t, outputs in enumerate(promised[:40], 1):
+    for t, outputs in enumerate(promised, 1):
         features = network.before_lstm(zeros(t), torch.tensor([t]))
         assert features.shape[1] == outputs
 
@@ -755,10 +756,10 @@ def test_words_are_split_at_spaces():
 
 
 @pytest.mark.parametrize('loudness,edges,expected', [
-    ([-2] * 4 + [0] * 20, [(6, 8)], [(4, 8 + model.RELEASE)]),              # where the sound begins
-    ([0] * 40, [(14, 16)], [(14 - model.MAX_ONSET, 16 + model.RELEASE)]),       # not endlessly
-    ([0] * 30, [(2, 8), (18, 22)], [(0, 14), (14, 29)]),                 # 0.6 of the gap
-    ([0] * 10, [(0, 5), (5, 10)], [(0, 5), (5, 10)]),                    # nothing between
+    ([-2] * 4 + [0] * 20, [(6, 8)], [(4, 8 + model.RELEASE)]),            # where the sound begins
+    ([0] * 40, [(14, 16)], [(14 - model.MAX_ONSET, 16 + model.RELEASE)]),  # not endlessly
+    ([0] * 30, [(2, 8), (18, 22)], [(0, 14), (14, 29)]),                  # 0.6 of the gap
+    ([0] * 10, [(0, 5), (5, 10)], [(0, 5), (5, 10)]),                     # nothing between
     ([-2] * 30, [(2, 3), (18, 25)], [(2, 10), (18, 30)]),
     ([], [], []),
 ])
@@ -1161,6 +1162,7 @@ def test_masks_are_zero_and_leave_the_rest(mels_of):
     ('{"audio_filepath": 3, "text": "a"}', 'has 3 for its audio_filepath'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": NaN}', 'its duration is nan'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": "long"}', 'manifest.jsonl:2'),
+    ('{"audio_filepath": "0.wav", "text": "a", "duration": true}', 'has True for its duration'),
     ('{"audio_filepath": "manifest.jsonl", "text": "a"}', 'Error opening'),
     ('[1]', 'manifest.jsonl:2: is not a JSON object'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": 5}', 'not 5.00 as its duration says'),
@@ -2408,10 +2410,11 @@ def test_nothing_is_found_in_a_healthy_network_of_others(kind):
 @pytest.mark.parametrize('fault', CTC_FAULTS)
 def test_a_fault_in_a_network_of_others_is_named_and_no_other(kind, fault):
     plant, words = CTC_FAULTS[fault]
-    x, rest = toy_batch(1003)
-    finding, = monitor.check_ctc(*plant(CTCBatch(learnt_network(kind)(x), *rest)))
-    assert words in finding
-    assert re.search(r'[;,] \w+', finding)
+    for seed in range(1003, 1006):
+        x, rest = toy_batch(seed)
+        finding, = monitor.check_ctc(*plant(CTCBatch(learnt_network(kind)(x), *rest)))
+        assert words in finding
+        assert re.search(r'[;,] \w+', finding)
 
 
 def test_the_plateaus_of_a_batch_are_named():
@@ -2592,7 +2595,7 @@ def test_two_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
     assert 'no significant difference' in capsys.readouterr().out
 
 
-# ---- monitor: pictures, and the README's example -------------------------------------------------
+# ---- monitor: pictures --------------------------------------------------------------------------
 
 def png_size(path):
     """-> (width, height) of a picture."""
@@ -2624,13 +2627,6 @@ def test_a_picture_that_cannot_be_drawn_is_a_line(first_run, tmp_path, monkeypat
     assert 'needs matplotlib, which is not installed; install it with' in message
     message = exit_code(model.main, first_run.folder / 'best.pt', clip, '--plot', 'p.png')
     assert 'needs matplotlib' in message
-
-
-def test_the_example_of_the_readme_runs_as_it_is_written(capsys):
-    readme = Path(model.__file__).with_name('README.md').read_text(encoding='utf-8')
-    _, example, rest = re.split('```(?:python)?\n', readme)
-    exec(example, {})
-    assert capsys.readouterr().out.strip() == rest.strip().split('\n')[0].strip()
 
 
 # ---- monitor: planted faults ---------------------------------------------------------------------
@@ -3679,6 +3675,12 @@ def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
 README = Path(__file__).with_name('README.md')
 
 
+def test_the_example_of_the_readme_runs_as_it_is_written(capsys):
+    _, example, rest = re.split('```(?:python)?\n', README.read_text(encoding='utf-8'))
+    exec(example, {})
+    assert capsys.readouterr().out.strip() == rest.strip().split('\n')[0].strip()
+
+
 def readme_commands():
     """Every command of the README that begins with python, optional parts included."""
     text = README.read_text()
@@ -3696,18 +3698,13 @@ def test_every_command_of_the_readme_runs(corpus, tmp_path, monkeypatch):
     """On tones, with a small network and few epochs; what a name stands for is put in its place."""
     monkeypatch.chdir(tmp_path)
     utterances = read_utterances(corpus.train)
-    for folder in 'my', 'corpus', 'an4/etc', 'an4/wav':
-        Path(folder).mkdir(parents=True)
     for name in 'my/train.tsv', 'my/test.tsv', 'other.tsv':
         write_lines(Path(name), ['path\tsentence', *(f'{u.path}\t{u.text}' for u in utterances)])
     for name in 'corpus/train', 'corpus/valid', 'corpus/test', 'fit', 'dev':
         write_lines(Path(f'{name}.jsonl'), [json_row(str(u.path), u.text) for u in utterances])
-    for u in utterances:
-        shutil.copy(u.path, 'an4/wav')
-    for split in 'train', 'test':
-        lines = [f'<s> {u.text} </s> ({u.path.stem})' for u in utterances]
-        write_lines(Path(f'an4/etc/an4_{split}.transcription'), lines)
-        write_lines(Path(f'an4/etc/an4_{split}.fileids'), [u.path.stem for u in utterances])
+    etc = write_sphinx(utterances, Path('an4')) / 'etc'
+    for ending in 'transcription', 'fileids':
+        shutil.copy(etc / f'an4_train.{ending}', etc / f'an4_test.{ending}')
     Path('book.txt').write_text('abc de\n')
     soundfile.write('clip.wav', tones('abc de', np.random.default_rng(0)), 16000)
     soundfile.write('clip.mp3', tones('abc de', np.random.default_rng(0)), 16000)

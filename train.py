@@ -597,6 +597,7 @@ class Task:
     rank: int                                   # of several processes, the first is 0
     ranks: int
     length_correlation: float | None            # of training recordings and transcripts
+    lm_texts: list[str]                         # that the character model is counted on
 
     @property
     def hours(self) -> float:
@@ -629,10 +630,8 @@ class Task:
 
     @functools.cached_property
     def language_model(self) -> model.CharacterModel:
-        """Of the training transcripts, or of --lm_text. Raises DataError."""
-        if self.args.lm_text:
-            return model.read_character_model(self.args.lm_text, self.alphabet)
-        return model.CharacterModel.of_texts(u.text for u in self.splits.train).pruned()
+        """Of the training transcripts, or of --lm_text."""
+        return model.CharacterModel.of_texts(self.lm_texts).pruned()
 
     @functools.cached_property
     def language_model_text(self) -> str:
@@ -703,10 +702,11 @@ def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
     network.to(args.device)
     lines = plateaus(splits.train, alphabet, network)
     valid_lines = plateaus(splits.valid, alphabet, network) if splits.valid else None
+    lm_texts = [u.text for u in splits.train]
     if args.lm_text:
-        data.read_text(args.lm_text, alphabet)  # an unusable text ends the run now, not at its end
+        lm_texts = data.read_text(args.lm_text, alphabet)
     return Task(args, splits, alphabet, network, lines, valid_lines, rank, ranks,
-                data.length_correlation(splits.train))
+                data.length_correlation(splits.train), lm_texts)
 
 
 # ---- the run folder ------------------------------------------------------------------------------
