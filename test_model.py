@@ -8,6 +8,7 @@ Each test holds the code against something independent: arithmetic, brute force,
 sections follow the modules: model, data, monitor, train; real recordings come last.
 """
 import contextlib
+import copy
 import functools
 import importlib.util
 import io
@@ -1914,6 +1915,7 @@ def test_edits_against_a_second_implementation():
 def test_error_rates_by_hand():
     rates = monitor.error_rates(['a b c', 'd'], ['a x c c', ''])
     assert rates['wer'] == 75
+    assert rates['cer'] == pytest.approx(100 * 4 / 6)  # x for b, ' c' too many, no d
     assert rates['substitutions'] == 1
     assert rates['insertions'] == 1
     assert rates['deletions'] == 1
@@ -2924,9 +2926,14 @@ def test_best_pt_is_the_last_of_the_best_epochs(corpus, tmp_path, monkeypatch):
     rates = monitor.error_rates(['a'], ['b'])
     outputs = {'entropy': 0.1, 'dependence_share': 1.0}
 
+    scored = []  # weights of the network at each validation
+
     def evaluate(task, utterances, beam=None):
         sentence = train.Sentence(0, 'a', 'b', '.', 'b')
-        wer = next(wers) if utterances is task.splits.valid else 0.0
+        wer = 0.0
+        if utterances is task.splits.valid:
+            wer = next(wers)
+            scored.append(copy.deepcopy(task.network.state_dict()))
         return train.Evaluation(1.0, rates | {'wer': wer}, rates, outputs, [sentence])
 
     monkeypatch.setattr(train.Task, 'evaluate', evaluate)
@@ -2936,6 +2943,8 @@ def test_best_pt_is_the_last_of_the_best_epochs(corpus, tmp_path, monkeypatch):
     assert best['run']['epoch'] == 3
     assert last['run']['epoch'] == 4
     assert results['valid']['wer'] == 30
+    assert weight_distance(scored[-1], best['model']) == 0  # the end scores what it keeps
+    assert weight_distance(scored[-1], last['model']) > 0
     assert [record['epoch'] for record in read_log(tmp_path)] == [1, 2, 3, 4]
 
 
