@@ -870,13 +870,24 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
             f'{run["hours"]:.2f} hours, {run["epoch"]} epochs; {", ".join(scores) or "not scored"}')
 
 
+def in_range(kind: type, low: float, high: float = 2 ** 53) -> Callable[[str], float]:
+    """An argparse type: int or float, from low to high (beyond 2^53 a float cannot count)."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f'{text} is not between {low} and {high}')
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def add_decoding_flags(add: Callable, width: int) -> None:
     """Give a parser (by its add_argument) the flags of beam search; width: of --beam unset."""
-    add('--beam', type=int, default=width, metavar='WIDTH',
+    add('--beam', type=in_range(int, 0, 1000), default=width, metavar='WIDTH',
         help='texts kept by beam search with the character model; 0: greedy decoding')
-    add('--lm_weight', type=float, default=Decoding().lm_weight,
+    add('--lm_weight', type=in_range(float, 0, 100), default=Decoding().lm_weight,
         help="weight of the character model's log-probability; 0: beam search without it")
-    add('--label_bonus', type=float, default=Decoding().label_bonus,
+    add('--label_bonus', type=in_range(float, -100, 100), default=Decoding().label_bonus,
         help='nats added for each character where the character model has a weight')
     add('--lm_text', metavar='FILE',
         help='text file, one sentence a line, to build the character model from; unset: the '
@@ -884,11 +895,7 @@ def add_decoding_flags(add: Callable, width: int) -> None:
 
 
 def read_decoding(args: argparse.Namespace) -> Decoding:
-    """How to decode, by the flags. Raises ValueError."""
-    if not 0 <= args.beam <= 1000:
-        raise ValueError('--beam is 0 to 1000')
-    if not 0 <= args.lm_weight <= 100 or not abs(args.label_bonus) <= 100:
-        raise ValueError('--lm_weight is 0 to 100, --label_bonus -100 to 100')
+    """How to decode, by the flags."""
     return Decoding(args.beam, args.lm_weight, args.label_bonus)
 
 
@@ -927,15 +934,15 @@ def transcribe_clips(args: argparse.Namespace) -> bool:
     import data
     import monitor
     try:
-        decoding = read_decoding(args)
         checkpoint = load_checkpoint(args.checkpoint)
         if args.lm_text is not None:
             other = read_character_model(args.lm_text, checkpoint.alphabet)
             checkpoint = checkpoint._replace(language_model=other)
-    except (CheckpointError, data.DataError, ValueError) as error:
+    except (CheckpointError, data.DataError) as error:
         sys.exit(f'model.py: {error}')
     if not args.clips:
         print(describe_checkpoint(checkpoint))
+    decoding = read_decoding(args)
     failed = False
     for number, clip in enumerate(args.clips, 1):
         data.show_status(f'transcribing {number}/{len(args.clips)}: {clip}')

@@ -709,8 +709,6 @@ def test_clips_are_decoded_by_beam_search(by_heart, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flags,words', [
-    (['--beam=-1'], '--beam is 0 to 1000'),
-    (['--beam=4', '--lm_weight=nan'], '--lm_weight is 0 to 100'),
     (['--lm_weight=0.1'], '--lm_weight is for beam search'),
     (['--beam=4', '--lm_text=no.txt'], '--lm_text no.txt: cannot be read as text'),
     (['--beam=4', '--lm_text=digits.txt'], 'digits.txt: holds no line in the characters'),
@@ -1624,12 +1622,14 @@ def test_long_utterances_are_scored_in_small_batches():
     assert [len(batch) for batch in batches] == [16, 4, 2, 1, 1]
 
 
-@pytest.mark.parametrize('flags,words', [
-    (['--hidden=1000000'], '1000000 is not between 1 and 4096'),
-    (['--workers=9007199254740992'], 'is not between 0 and 256'),
+@pytest.mark.parametrize('program,flags,words', [
+    (train, ['--hidden=1000000'], '1000000 is not between 1 and 4096'),
+    (train, ['--workers=9007199254740992'], 'is not between 0 and 256'),
+    (model, ['best.pt', '--beam=-1'], '--beam: -1 is not between 0 and 1000'),
+    (model, ['best.pt', '--lm_weight=nan'], '--lm_weight: nan is not between 0 and 100'),
 ])
-def test_flags_out_of_their_range(flags, words, capsys):
-    assert exit_code(train.main, *flags) == 2
+def test_flags_out_of_their_range(program, flags, words, capsys):
+    assert exit_code(program.main, *flags) == 2
     assert words in capsys.readouterr().err
 
 

@@ -135,17 +135,6 @@ def fixes_table(defaults: Mapping) -> str:
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-def in_range(kind: type, low: float, high: float = 2 ** 53) -> Callable[[str], float]:
-    """An argparse type: int or float, from low to high (beyond 2^53 a float cannot count)."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f'{text} is not between {low} and {high}')
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows each default; what an unset flag means, its help says."""
 
@@ -159,7 +148,7 @@ SWITCH = argparse.BooleanOptionalAction
 
 
 def add_data_flags(add: Callable) -> None:
-    count = in_range(int, 0)
+    count = model.in_range(int, 0)
     add('--train_data',
         help='corpus: .jsonl, .csv or .tsv manifest, LibriSpeech or CMU Sphinx folder; unset: the '
              'built-in corpus with its own validation and test, spoken into the folder corpus/')
@@ -178,16 +167,16 @@ def add_data_flags(add: Callable) -> None:
         help='SpecAugment: mask frequency bands and time spans in training')
     add('--speed_perturb', action=SWITCH, default=True,
         help='play at 0.9 to 1.1 times the speed in training')
-    add('--max_seconds', type=in_range(float, 0), default=40.0,
+    add('--max_seconds', type=model.in_range(float, 0), default=40.0,
         help='training utterances longer than this are left out and listed; 0: no limit')
-    add('--workers', type=in_range(int, 0, 256), default=0,
+    add('--workers', type=model.in_range(int, 0, 256), default=0,
         help='processes that load audio; 0: the training process itself')
 
 
 def add_optimisation_flags(add: Callable) -> None:
-    positive, amount = in_range(int, 1), in_range(float, 0)
+    positive, amount = model.in_range(int, 1), model.in_range(float, 0)
     add('--epochs', type=positive, default=7, help='passes over the training data')
-    add('--batch_size', type=in_range(int, 1, 4096), default=8, help='utterances per update')
+    add('--batch_size', type=model.in_range(int, 1, 4096), default=8, help='utterances per update')
     add('--learning_rate', type=amount, default=3e-4,
         help='base learning rate; OneCycle peaks at ten times this')
     add('--schedule', choices=('onecycle', 'constant'), default='onecycle',
@@ -195,22 +184,22 @@ def add_optimisation_flags(add: Callable) -> None:
     add('--weight_decay', type=amount, default=1e-5, help='of AdamW; 0: none')
     add('--grad_clip', type=amount, default=5.0,
         help='clip the total gradient norm to this; 0: no clipping')
-    add('--interctc_weight', type=in_range(float, 0, 1), default=0.3,
+    add('--interctc_weight', type=model.in_range(float, 0, 1), default=0.3,
         help='weight of the intermediate CTC loss, of the first LSTM layer; 0: none')
-    add('--seed', type=in_range(int, 0), default=0,
+    add('--seed', type=model.in_range(int, 0), default=0,
         help='random seed of hold-out, subset, initialisation, order, augmentation, dropout')
 
 
 def add_model_flags(add: Callable) -> None:
-    positive = in_range(int, 1)
+    positive = model.in_range(int, 1)
     defaults = model.Config(vocab_size=1)
     add('--blocks', type=positive, default=defaults.blocks,
         help='number of MobileNetV3-Small blocks, 2 to 11')
     add('--frames_per_output', type=positive, default=defaults.frames_per_output,
         help='input frames of 10 ms per output: 1, 2 or 4')
-    add('--hidden', type=in_range(int, 1, 4096), default=defaults.hidden,
+    add('--hidden', type=model.in_range(int, 1, 4096), default=defaults.hidden,
         help='LSTM units in each direction')
-    add('--dropout', type=in_range(float, 0), default=defaults.dropout,
+    add('--dropout', type=model.in_range(float, 0), default=defaults.dropout,
         help='before each LSTM layer and the head; 0: none')
     add('--squeeze_excite', action=SWITCH, default=defaults.squeeze_excite,
         help="MobileNetV3's channel gates")
@@ -231,7 +220,7 @@ def add_run_flags(add: Callable) -> None:
     add('--evaluate', metavar='CHECKPOINT',
         help='train nothing; score a checkpoint on --test_data; unset: train')
     add('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
-    add('--threads', type=in_range(int, 0, 1024), default=0,
+    add('--threads', type=model.in_range(int, 0, 1024), default=0,
         help='of the CPU; 0: as many as it has cores, or one where other work keeps them busy')
     add('--benchmark', action=SWITCH, default=False,
         help='train nothing; measure the speed of all parts at these settings')
@@ -268,10 +257,6 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise data.DataError(f'flags: --evaluate does not train, so --{min(useless)} has no '
                              'effect; remove it')
     undo_fixes(args, given)
-    try:
-        model.read_decoding(args)
-    except ValueError as error:
-        raise data.DataError(f'flags: {error}') from None
     return args
 
 
