@@ -28,7 +28,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -867,15 +867,19 @@ class Run(NamedTuple):
     config: dict                          # config.json
     log: list[dict]                       # of whole lines
     torn: bool                            # whether the log's last line was cut off
+    results: dict                         # results.json
     split: str                            # 'test' or 'valid', whichever was scored last
-    rates: dict                           # error rates on it, greedy
-    beam_rates: dict                      # by beam search
-    sentences: list[list[str]]            # on it: [file, said, heard, heard by beam search]
+    sentences: list[list[str]]            # of it: [file, said, heard, heard by beam search]
 
     @property
     def settings(self) -> dict:
         """What tells how the run was made."""
         return {key: value for key, value in self.config.items() if key not in NO_SETTINGS}
+
+    @property
+    def rates(self) -> dict:
+        """Error rates of greedy decoding; empty of a run that is not finished."""
+        return self.results.get(self.split) or {}
 
 
 def read_log(path: Path) -> tuple[list[dict], bool]:
@@ -921,8 +925,7 @@ def read_run(folder: str | Path) -> Run:
         sentences = []
         if results.get(split):
             sentences = read_sentences(folder / f'{split}.tsv')
-        return Run(str(folder), config, log, torn, split, results.get(split) or {},
-                   results.get(f'{split}_beam') or {}, sentences)
+        return Run(str(folder), config, log, torn, results, split, sentences)
     except (OSError, ValueError) as error:
         raise RunError(f'{folder}: holds no whole run of train.py ({error!r}); name a run '
                        'folder') from None
@@ -987,57 +990,70 @@ def same_sentences(runs: Sequence[Run]) -> bool:
     return bool(said[0]) and all(other == said[0] for other in said)
 
 
-def word_errors(group: Sequence[Run]) -> tuple[Tensor, Tensor]:
-    """Word errors and words (N,) of the utterances that runs scored, means over the runs."""
+def word_errors(group: Sequence[Run], column: int = 2) -> tuple[Tensor, Tensor]:
+    """Word errors and words (N,) of the utterances that runs scored, means over the runs.
+
+    column: of Run.sentences, what was heard.
+    """
     errors = []
     for run in group:
-        errors.append([edit_counts(said.split(), heard.split()).cost
-                       for _, said, heard, *_ in run.sentences])
+        errors.append([edit_counts(sentence[1].split(), sentence[column].split()).cost
+                       for sentence in run.sentences])
     words = [len(said.split()) for _, said, *_ in group[0].sentences]
     return torch.tensor(errors).float().mean(0), torch.tensor(words)
 
 
-SPREAD = ['runs that differ by their seed', 'runs', 'WER %', '+-', '95 %', 'beam WER %', 'SER %',
-          'loss', 'plateau %', 'left it at update']
+SPREAD = ['runs that differ by their seed', 'runs', 'loss', 'plateau %', 'left it at update',
+          'decoding', 'WER %', '+-', '95 %', 'SER %']
+DECODINGS = {  # in a table: what follows the split's name in results.json, and the column of heard
+    'greedy': ('', 2),
+    'beam': ('_beam', 3),
+    'greedy, new sentences': ('_new', None),  # which are not among the training transcripts
+    'beam, new sentences': ('_new_beam', None),
+}
 
 
-def spread_row(group: Sequence[Run]) -> list:
-    """What runs that differ by their seed alone come to, as cells of a table.
+def spread_rows(group: Sequence[Run]) -> list[list]:
+    """What runs that differ by their seed alone come to, as rows of a table, one a decoding.
 
+    Loss, and how far it has come from the uniform (0 %) to the constant line (100 %): means of the
+    last epoch, by validation if there is one; the updates at which the constant plateau was left.
     WER: mean, which is that of all their words together, standard deviation, and bootstrap interval
-    over utterances; WER by beam search and SER: means. Loss, and how far it has come from the
-    uniform (0 %) to the constant line (100 %): means of the last epoch, by validation if there is
-    one; the updates at which the constant plateau was left.
+    over utterances; SER: mean.
     """
-    rates = torch.tensor([run.rates['wer'] for run in group], dtype=torch.float64)
-    beam = [run.beam_rates['wer'] for run in group if run.beam_rates]
-    sentences = [run.rates['ser'] for run in group]
     last = [run.log[-1] for run in group]
     losses = [record.get('valid_loss', record['train_loss']) for record in last]
     fractions = [record.get('valid_plateau_fraction', record['train_plateau_fraction'])
                  for record in last]
     left = [str(record.get('left_constant') or 'never') for record in last]
-    interval = ''
-    if same_sentences(group):
-        low, high = bootstrap_interval(*word_errors(group))
-        interval = f'{low:.1f} to {high:.1f}'
-    return [group_name(group), len(group), f'{rates.mean():.2f}',
-            f'{rates.std():.2f}' if len(group) > 1 else '',
-            interval,
-            f'{mean(beam):.2f}' if beam else '',
-            f'{mean(sentences):.1f}',
-            f'{mean(losses):.3f}',
-            f'{100 * mean(fractions):.0f}',
-            ' '.join(left)]
+    learnt = [group_name(group), len(group), f'{mean(losses):.3f}', f'{100 * mean(fractions):.0f}',
+              ' '.join(left)]
+    rows = []
+    for decoding, (ending, column) in DECODINGS.items():
+        rates = [run.results.get(run.split + ending) for run in group]
+        if not all(rates):
+            continue
+        wers = [rate['wer'] for rate in rates]
+        spread = f'{stdev(wers):.2f}' if len(group) > 1 else ''
+        interval = ''
+        if column and same_sentences(group):
+            low, high = bootstrap_interval(*word_errors(group, column))
+            interval = f'{low:.1f} to {high:.1f}'
+        rows.append([*learnt, decoding, f'{mean(wers):.2f}', spread, interval,
+                     f'{mean(rate["ser"] for rate in rates):.1f}'])
+        learnt = [''] * len(learnt)  # once is enough
+    return rows
 
 
-def paired_bootstrap(one: Sequence[Run], two: Sequence[Run]) -> tuple[float, list[float]]:
+def paired_bootstrap(one: Sequence[Run], two: Sequence[Run],
+                     column: int = 2) -> tuple[float, list[float]]:
     """How much higher the second group's WER is, in points, and the middle 95 % of its samples.
 
     10,000 samples of the utterances that both scored, the same for both (Bisani & Ney 2004).
+    column: of Run.sentences, what was heard.
     """
-    errors, words = word_errors(one)
-    more = word_errors(two)[0] - errors
+    errors, words = word_errors(one, column)
+    more = word_errors(two, column)[0] - errors
     return (100 * more.sum() / words.sum()).item(), bootstrap_interval(more, words, 10_000)
 
 
@@ -1052,14 +1068,20 @@ def print_comparison(runs: Sequence[Run]) -> None:
     print(table([SCORES, *map(score_row, runs)]))
     groups = seed_groups(runs)
     if len(groups) < len(runs):
-        print('', table([SPREAD, *map(spread_row, groups)]), sep='\n')
+        print('', table([SPREAD, *itertools.chain(*map(spread_rows, groups))]), sep='\n')
     sides = [[run] for run in runs] if len(runs) == 2 else groups
-    if len(sides) == 2 and same_sentences([run for side in sides for run in side]):
-        more, (low, high) = paired_bootstrap(*sides)
+    compared = list(itertools.chain(*sides))
+    if len(sides) != 2 or not same_sentences(compared):
+        return
+    for decoding in 'greedy', 'beam':
+        ending, column = DECODINGS[decoding]
+        if not all(run.results.get(run.split + ending) for run in compared):
+            continue
+        more, (low, high) = paired_bootstrap(*sides, column)
         verdict = 'no significant difference'
         if low > 0 or high < 0:
             verdict = f'{group_name(sides[0] if low > 0 else sides[1])} is better'
-        print(f'paired bootstrap: {group_name(sides[1])} has {more:+.2f} points of WER '
+        print(f'paired bootstrap, {decoding}: {group_name(sides[1])} has {more:+.2f} points of WER '
               f'(95 %: {low:+.2f} to {high:+.2f}): {verdict}')
 
 

@@ -2552,12 +2552,14 @@ def fake_run(folder, seed, wer, errors=(), **settings):
     """A finished run that scored three sentences, those in `errors` wrongly."""
     folder.mkdir()
     said = ['go left', 'stop', 'go right now']
-    rows = [f'{i}.wav\t{text}\t{"no" if i in errors else text}' for i, text in enumerate(said)]
-    write_lines(folder / 'test.tsv', ['file\tsaid\theard', *rows])
+    rows = [f'{i}.wav\t{text}\t{"no" if i in errors else text}\t{text}'
+            for i, text in enumerate(said)]
+    write_lines(folder / 'test.tsv', ['file\tsaid\theard\tbeam', *rows])
     write_lines(folder / 'log.jsonl', [json.dumps(VALIDATED)])
     (folder / 'config.json').write_text(json.dumps({'seed': seed, 'epochs': 4, **settings}))
     rates = monitor.error_rates(['a'], ['b']) | {'wer': wer}
-    (folder / 'results.json').write_text(json.dumps({'valid': None, 'test': rates}))
+    results = {'valid': None, 'test': rates, 'test_beam': rates | {'wer': wer / 2}}
+    (folder / 'results.json').write_text(json.dumps(results))
     return folder
 
 
@@ -2569,9 +2571,11 @@ def test_runs_are_compared(tmp_path, capsys):
     settings, scores, spread = capsys.readouterr().out.split('\n\n')
     assert settings.splitlines()[0].split() == ['run', 'dropout', 'seed']
     assert '9.00' in scores
-    same, alone = [' '.join(line.split()) for line in spread.splitlines()[1:3]]
-    assert same == 'same 3 4.00 2.00 0.0 to 0.0 100.0 1.200 120 300 300 300'
-    assert alone == 'other 1 9.00 0.0 to 0.0 100.0 1.200 120 300'
+    assert [' '.join(line.split()) for line in spread.splitlines()[1:5]] == [
+        'same 3 1.200 120 300 300 300 greedy 4.00 2.00 0.0 to 0.0 100.0',
+        'beam 2.00 1.00 0.0 to 0.0 100.0',
+        'other 1 1.200 120 300 greedy 9.00 0.0 to 0.0 100.0',
+        'beam 4.50 0.0 to 0.0 100.0']
 
 
 def test_groups_of_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
@@ -2580,9 +2584,10 @@ def test_groups_of_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
            for seed in (0, 1)]
     good = fake_run(tmp_path / 'good_0', 0, 0.0, dropout=0.1)
     assert exit_code(monitor.main, *bad, good) is False
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith('paired bootstrap: good_0 has -100.00 points of WER')
-    assert line.endswith('good_0 is better')
+    greedy, beam = capsys.readouterr().out.splitlines()[-2:]
+    assert greedy.startswith('paired bootstrap, greedy: good_0 has -100.00 points of WER')
+    assert greedy.endswith('good_0 is better')
+    assert beam.endswith('+0.00 points of WER (95 %: +0.00 to +0.00): no significant difference')
 
 
 def test_two_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
