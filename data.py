@@ -436,6 +436,23 @@ def decode(symbols: Iterable[int], alphabet: Sequence[str]) -> str:
     return ''.join(alphabet[symbol] for symbol in symbols)
 
 
+def show_path(symbols: Iterable[int], alphabet: Sequence[str]) -> str:
+    """The symbols of outputs for the eye: the space as _, the blank as -, or ~ where - is a
+    letter."""
+    blank = '~' if '-' in alphabet else '-'
+    return ''.join(alphabet[symbol].replace(' ', '_') or blank for symbol in symbols)
+
+
+def punctuation_note(alphabet: Iterable[str]) -> str | None:
+    """What to know of characters that are written and not said, None without any."""
+    written = [character for character in alphabet if character not in ('', '-', "'", '\u2019')]
+    marks = [character for character in written if unicodedata.category(character)[0] in 'PS']
+    if not marks:
+        return None
+    return (f'punctuation is learnt as letters are: {" ".join(map(repr, marks))}; '
+            'remove from the transcripts what is not said')
+
+
 def outputs_needed(symbols: Sequence) -> int:
     """The smallest number of outputs with which CTC can emit these symbols, or characters.
 
@@ -674,10 +691,11 @@ def table_rows(path: Path) -> Rows:
     except csv.Error as error:
         raise DataError(f'{path}:1: is not a header of a table ({error}); correct its '
                         'quotes') from None
-    for field in 'audio', 'text':
-        if not set(FIELDS[field]) & names:
-            raise DataError(f'{path}:1: no column of the header is named '
-                            f'{" or ".join(FIELDS[field])}; rename one')
+    missing = [field for field in ('audio', 'text') if not names.intersection(FIELDS[field])]
+    if missing:
+        wanted = ', and none '.join(' or '.join(FIELDS[field]) for field in missing)
+        raise DataError(f'{path}:1: no column is named {wanted}; rename those it has: '
+                        f'{", ".join(map(str, table.fieldnames or ()))[:SHORT] or "none"}')
     while True:
         try:
             row = next(table)
@@ -828,7 +846,8 @@ def find_audio(name: str, folder: Path) -> Path:
             audio = Path(f'{place}{suffix}')
             if audio.is_file():
                 return audio
-    raise DataError(f'{str(folder / name)[:SHORT]} is not a file; correct its path')
+    raise DataError(f'{str(folder / name)[:SHORT]} is not a file, nor is one of that name in '
+                    f'{folder / "clips"}; correct its path, from the folder of the table')
 
 
 def parse_row(row: dict | DataError, folder: Path, where: str) -> Utterance:
@@ -1022,6 +1041,9 @@ def describe_corpus(train: Sequence[Utterance], valid: Sequence[Utterance], alph
     print('seconds    ', *(f'{q:.0%}: {seconds.quantile(q):.1f}' for q in (0, 0.1, 0.5, 0.9, 1)))
     print(f'alphabet    {len(alphabet) - 1} characters:', *map(repr, alphabet[1:]))
     print('rare        ', ', '.join(rare) or 'none')
+    note = punctuation_note(alphabet)
+    if note:
+        print('           ', note)
     print(f'labels      {counts.total() / seconds.sum():.1f} a second')
     print(f'plateaus    in nats per label: uniform output {plateaus[0]:.2f}, '
           f'constant output {plateaus[1]:.2f}')
@@ -1343,7 +1365,7 @@ def inspect_corpus(path: str, valid_data: str | None) -> None:
         summary = f'{len(splits.faults)} faults, {len(splits.train)} utterances left for training'
         if splits.train and not splits.valid:
             summary += ', none for validation; give more, or --valid_data'
-        raise DataError('\n'.join([summary, *splits.faults.values()]))
+        raise DataError('\n'.join([*splits.faults.values(), summary]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

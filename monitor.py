@@ -550,9 +550,9 @@ def diagnose(record: Mapping) -> list[str]:
         warnings.append('uniform output: every symbol is nearly equally likely; if it lasts beyond '
                         'the first epochs, raise --learning_rate')
     elif record['phase'] == 'constant':
-        warnings.append(f"constant output: {record['blank']:.1%} of the outputs are blank, "
-                        f"{record['emitted']:.0%} of the characters emitted; usual early on. If it "
-                        'stays, see what python monitor.py says of the run')
+        warnings.append(f"constant output: in training {record['blank']:.1%} of the outputs were "
+                        f"blank, {record['emitted']:.0%} of the characters emitted; usual early "
+                        'on. If it stays, see what python monitor.py says of the run')
     return warnings
 
 
@@ -631,8 +631,8 @@ def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
     elif last['wer'] == 0:
         step = 'there are no errors left to learn from; take harder --valid_data'
     elif last['valid_loss'] > 2 * last['train_loss']:
-        step = ('training is learnt better than validation; more data, a higher --dropout, '
-                'more --epochs')
+        step = ('training is learnt better than validation; get more data, or give a higher '
+                '--dropout and, with it, more --epochs')
     else:
         step = ('no warning applies; if the last epochs still improved, start a new run with more '
                 '--epochs')
@@ -826,8 +826,11 @@ def legend(lines: tuple[float, float]) -> str:
             f'training starts;\n    {constant:.2f} for the best output that ignores the sound, '
             'where stuck models stay; below that it learns\n'
             'gradient: mean norm; blank: share of the outputs; sound: how much the outputs depend '
-            'on it,\n    0 % if they ignore it, about 100 % once each label has its output\n'
-            'at the end of a line: uniform or constant output (a plateau), learning, or learnt')
+            'on it,\n    0 % if they ignore it, 100 % if each label has one output, more if '
+            'several\n'
+            'at the end of a line: uniform or constant output (a plateau), learning, or learnt\n'
+            'beneath: what was said and heard, and the best symbol of every output; - is the '
+            'blank, _ a space')
 
 
 def epoch_line(record: Mapping) -> str:

@@ -27,6 +27,7 @@ import time
 import unicodedata
 from collections import Counter, OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 os.environ['OMP_NUM_THREADS'] = '1'  # the same bits whatever else the machine does
@@ -1018,6 +1019,17 @@ def test_texts_are_normalised():
     assert data.normalise_text(TEXTS[2]) == 'naïve'
 
 
+def test_outputs_are_shown_by_their_symbols():
+    assert data.show_path([0, 1, 2, 2, 0], ['', ' ', 'a']) == '-_aa-'
+    assert data.show_path([0, 1, 2, 2, 0], ['', '-', 'a']) == '~-aa~'
+
+
+def test_punctuation_is_noticed():
+    note = data.punctuation_note(['', ' ', "'", '-', '.', '?', 'é'])
+    assert note.startswith("punctuation is learnt as letters are: '.' '?'; remove")
+    assert data.punctuation_note(['', ' ', "'", 'é']) is None
+
+
 def test_unknown_characters_have_no_symbol():
     assert data.encode('zebra', ['', 'a', 'b']) == [2, 1]
 
@@ -1519,6 +1531,16 @@ def test_a_bad_row_is_named_and_the_others_are_read(name, lines, fault, tmp_path
     assert f'{name}:3: ' in message
     assert fault in message
     assert len(message) < 1000
+
+
+def test_all_columns_that_a_table_lacks_are_named_at_once(tmp_path):
+    write_lines(tmp_path / 't.csv', ['recording,what was said', 'a.wav,one'])
+    with pytest.raises(data.DataError) as refused:
+        data.read_corpus(tmp_path / 't.csv')
+    message = str(refused.value)
+    assert 't.csv:1: no column is named audio_filepath or path' in message
+    assert 'none text or sentence' in message
+    assert message.endswith('rename those it has: recording, what was said')
 
 
 def test_a_tables_rows_are_counted_with_its_blank_lines(tmp_path):
@@ -3461,6 +3483,16 @@ def test_overfit_says_what_was_not_learnt(corpus, tmp_path):
                         '--overfit=3', '--epochs=1', '--learning_rate=1e-9', '--batch_size=2',
                         '--run_dir', tmp_path / 'run', *SMALL)
     assert 'NOT LEARNT' in message
+    assert f'python monitor.py {tmp_path / "run"} says' in message
+
+
+def test_overfit_says_that_learning_takes_longer(tmp_path):
+    """Epochs that were too few are no fault of the data."""
+    task = SimpleNamespace(updates_an_epoch=50, splits=SimpleNamespace(train=[1, 2, 3]))
+    best = {'run': {'valid': {'cer': 6.6}}}
+    state = train.RunState(epoch=7, records=[{'phase': 'learning'}], best=best)
+    with pytest.raises(data.DataError, match='still learning, so give it more, as by --epochs 14'):
+        train.print_verdict(task, tmp_path, state)
 
 
 # ---- train: two processes ------------------------------------------------------------------------

@@ -51,7 +51,7 @@ except ImportError:  # Windows
 
 EVALUATION_BATCH = 16   # utterances
 CHECK_UP_TO = 5000      # utterances; files of larger corpora are decoded first only with --skip_bad
-OVERFIT_UPDATES = 25    # at least, in an epoch of --overfit
+OVERFIT_UPDATES = 50    # at least, in an epoch of --overfit
 TRAIN_EVALUATED = 32    # training utterances that are scored after each epoch
 EVALUATION_FLAGS = {'evaluate', 'test_data', 'skip_bad', 'run_dir', 'device', 'threads', 'workers',
                     'beam', 'lm_weight', 'label_bonus', 'lm_text'}
@@ -401,7 +401,7 @@ class Sentence(NamedTuple):
     index: int
     said: str
     heard: str
-    path: str   # the best symbol of every output: '.' for the blank, '_' for a space
+    path: str   # the best symbol of every output, by data.show_path
     beam: str   # heard by beam search, '' without
 
 
@@ -438,11 +438,10 @@ def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu', worke
         decoded = model.greedy_decode(log_probs, lengths)
         for row, i in enumerate(batch.indices):
             length = int(lengths[row])
-            path = [speech.alphabet[symbol].replace(' ', '_') or '.'
-                    for symbol in paths[row][:length]]
             sentences.append(Sentence(i, said=speech.utterances[i].text,
                                       heard=data.decode(decoded[row], speech.alphabet),
-                                      path=''.join(path),
+                                      path=data.show_path(paths[row][:length],
+                                                          speech.alphabet),
                                       beam=beam(log_probs[row, :length]) if beam else ''))
     return Evaluation(sum(losses) / max(1, len(losses)), error_rates(sentences, 'heard'),
                       error_rates(sentences, 'beam') if beam else None, outputs.summary(),
@@ -1042,15 +1041,18 @@ def print_all_scores(results: Mapping) -> None:
             print_scores(f'{name}, beam search', results[f'{split}_beam'])
 
 
-def print_verdict(task: Task, state: RunState) -> None:
+def print_verdict(task: Task, folder: Path, state: RunState) -> None:
     """Print whether --overfit has learnt its utterances. Raises DataError where not."""
     cer = state.best['run']['valid']['cer']
     updates = task.updates_an_epoch * state.epoch
     utterances = len(task.splits.train)
     if cer:
+        advice = (f'see what python monitor.py {folder} says, and check that each recording has '
+                  'its own transcript')
+        if state.records[-1]['phase'] in ('learning', 'learnt'):
+            advice = f'it was still learning, so give it more, as by --epochs {2 * state.epoch}'
         raise data.DataError(f'NOT LEARNT: {utterances} utterances, {updates} updates, '
-                             f'CER {cer:.1f}; read the warnings above, and check that each '
-                             'recording has its own transcript')
+                             f'CER {cer:.1f} %; {advice}')
     print(f'learnt: all {utterances} utterances are right after {updates} updates; data, loss and '
           'network work together')
 
@@ -1099,9 +1101,9 @@ def finish(task: Task, folder: Path, state: RunState) -> dict:
     (folder / 'state.pt').unlink(missing_ok=True)
     print_all_scores(results)
     if task.args.overfit:
-        print_verdict(task, state)
+        print_verdict(task, folder, state)
     command = [sys.orig_argv[0], os.path.relpath(model.__file__), folder / state.kept,
-               folder / 'clip.wav']
+               folder / 'clip.wav', '--beam', model.Decoding().width]
     print(f'results in {folder}; to transcribe a clip ("{clip}"):\n   ',
           shlex.join(map(str, command)))
     return results
@@ -1219,9 +1221,10 @@ def describe_task(task: Task) -> None:
     if outputs < 2 and frames_per_output > 1:
         advice = f'; that is fast speech, so try --frames_per_output {frames_per_output // 2}'
     print(f'{outputs:.1f} outputs a label{advice}')
-    unrelated = monitor.unrelated_lengths(task.length_correlation)
-    if unrelated:
-        print(unrelated)
+    for note in (data.punctuation_note(task.alphabet),
+                 monitor.unrelated_lengths(task.length_correlation)):
+        if note:
+            print(note)
 
 
 def evaluate_checkpoint(args: argparse.Namespace) -> dict:
