@@ -3746,7 +3746,8 @@ def test_every_command_of_the_readme_runs(corpus, tmp_path, monkeypatch):
     utterances = read_utterances(corpus.train)
     for name in 'my/train.tsv', 'my/test.tsv', 'other.tsv':
         write_lines(Path(name), ['path\tsentence', *(f'{u.path}\t{u.text}' for u in utterances)])
-    for name in 'corpus/train', 'corpus/valid', 'corpus/test', 'fit', 'dev':
+    for name in ('corpus/train', 'corpus/valid', 'corpus/test', 'kathleen/fit',
+                 'kathleen/dev'):
         write_lines(Path(f'{name}.jsonl'), [json_row(str(u.path), u.text) for u in utterances])
     etc = write_sphinx(utterances, Path('an4')) / 'etc'
     for ending in 'transcription', 'fileids':
