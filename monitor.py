@@ -830,7 +830,7 @@ def legend(lines: tuple[float, float]) -> str:
             'several\n'
             'at the end of a line: uniform or constant output (a plateau), learning, or learnt\n'
             'beneath: what was said and heard, and the best symbol of every output; - is the '
-            'blank, _ a space')
+            'blank (~ where - is a letter), _ a space')
 
 
 def epoch_line(record: Mapping) -> str:

@@ -440,8 +440,7 @@ def evaluate(network: nn.Module, speech: data.Speech, device: str = 'cpu', worke
             length = int(lengths[row])
             sentences.append(Sentence(i, said=speech.utterances[i].text,
                                       heard=data.decode(decoded[row], speech.alphabet),
-                                      path=data.show_path(paths[row][:length],
-                                                          speech.alphabet),
+                                      path=data.show_path(paths[row][:length], speech.alphabet),
                                       beam=beam(log_probs[row, :length]) if beam else ''))
     return Evaluation(sum(losses) / max(1, len(losses)), error_rates(sentences, 'heard'),
                       error_rates(sentences, 'beam') if beam else None, outputs.summary(),
