@@ -502,19 +502,24 @@ def load_utterance(u: Utterance) -> tuple[Tensor, int]:
 class Speech(torch.utils.data.Dataset):
     """Utterances as (log-mels (T, 80), target (L,), index), asked for by (epoch, index).
 
-    Augmentation depends on seed, epoch and the utterance alone. frames_per_output: above 0, an
+    Augmentation depends on seed, epoch and the utterance alone; whom `concat` (the chance of it)
+    puts behind it, on the corpus too. frames_per_output: above 0, an
     utterance that CTC cannot align raises DataError; 0 lets it pass, for evaluation.
     """
 
     def __init__(self, utterances: Sequence[Utterance], alphabet: Sequence[str],
                  frames_per_output: int = 0, seed: int = 0, spec_augment: bool = False,
-                 speed_perturb: bool = False):
+                 speed_perturb: bool = False, concat: float = 0.0):
         self.utterances = utterances
         self.alphabet = alphabet
         self.frames_per_output = frames_per_output
         self.seed = seed
         self.spec_augment = spec_augment
         self.speed_perturb = speed_perturb
+        self.concat = concat
+        self.of_speaker = defaultdict(list)
+        for index, u in enumerate(utterances):
+            self.of_speaker[u.speaker].append(index)
 
     def rng(self, epoch: int, index: int, *purpose: int) -> np.random.Generator:
         """The random numbers of an utterance in an epoch, others for each purpose.
@@ -529,17 +534,36 @@ class Speech(torch.utils.data.Dataset):
         """The speed of an utterance in an epoch, in per cent of the recording's own."""
         return int(self.rng(epoch, index).choice(SPEEDS)) if self.speed_perturb else 100
 
+    def parts(self, epoch: int, index: int) -> list[Utterance]:
+        """What an item says: the utterance and, by the chance `concat`, another of its speaker.
+
+        The network so hears words in more contexts and clips of more lengths than the corpus has
+        (Lin et al. 2022, section 3).
+        """
+        parts = [self.utterances[index]]
+        rng = self.rng(epoch, index, 2)
+        if rng.random() < self.concat:
+            parts.append(self.utterances[rng.choice(self.of_speaker[parts[0].speaker])])
+        return parts
+
+    def frames(self, epoch: int, index: int) -> float:
+        """About how many frames an item has in an epoch."""
+        recorded = sum(u.frames for u in self.parts(epoch, index))
+        return recorded / self.speed(epoch, index) * 100
+
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = item
         u = self.utterances[index]
-        target = encode(u.text, self.alphabet)
-        too_short = (outputs_needed(target) - 1) * self.frames_per_output  # frames
-        wave = resample(*load_utterance(u), SAMPLE_RATE)
-        # At 110 %, 110 samples become 100: faster and higher.
-        mels, _ = features(resample(wave, self.speed(epoch, index), 100))
-        if len(mels) <= too_short:
-            mels, _ = features(wave)
-        if len(mels) <= too_short:
+        speed = self.speed(epoch, index)
+        # As drawn; where CTC could not align that, the utterance alone; that as it was recorded.
+        for parts, speed in (self.parts(epoch, index), speed), ([u], speed), ([u], 100):
+            waves = [resample(*load_utterance(part), SAMPLE_RATE) for part in parts]
+            target = encode(' '.join(part.text for part in parts), self.alphabet)
+            # At 110 %, 110 samples become 100: faster and higher.
+            mels, _ = features(resample(torch.cat(waves), speed, 100))
+            if len(mels) > (outputs_needed(target) - 1) * self.frames_per_output:
+                break
+        else:
             raise DataError(f'{u.where}: {too_short_message(u)}')
         if self.spec_augment:
             mels = spec_augment(mels, self.rng(epoch, index, 1))
@@ -574,12 +598,12 @@ def training_batches(speech: Speech, batch_size: int, epoch: int, rank: int = 0,
                      ranks: int = 1) -> list[list[tuple[int, int]]]:
     """One epoch's batches of (epoch, index): every utterance once, the batches in random order.
 
-    The utterances of a batch have nearly equal lengths, speed perturbation included; a jitter of
-    2 % varies which ones meet. Of several processes (ranks), each takes its share of every
+    The items of a batch have nearly equal lengths, augmentation included; a jitter of 2 % varies
+    which ones meet. Of several processes (ranks), each takes its share of every
     batch; one without a share repeats the batch's first utterance.
     """
     rng = np.random.default_rng([speech.seed, epoch])
-    frames = [u.frames / speech.speed(epoch, i) for i, u in enumerate(speech.utterances)]
+    frames = [speech.frames(epoch, index) for index in range(len(speech.utterances))]
     jittered = frames * rng.uniform(0.98, 1.02, len(frames))
     order = np.argsort(jittered, kind='stable')
     batches = [[(epoch, int(i)) for i in order[start:start + batch_size]]

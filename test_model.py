@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1151,6 +1151,49 @@ def test_speed_perturbation_reaches_ten_per_cent(mels_of):
     lengths = [len(mels_of(epoch, 5, speed_perturb=True)) - 40 for epoch in range(40)]
     assert min(lengths) == pytest.approx(frames / 1.1, abs=3)
     assert max(lengths) == pytest.approx(frames / 0.9, abs=3)
+
+
+@pytest.fixture
+def joined(corpus):
+    """A function -> each utterance of the training data with its item in an epoch."""
+    utterances = read_utterances(corpus.train)
+    alphabet = data.make_alphabet(utterances)
+
+    def items(epoch, concat, frames_per_output=4):
+        speech = data.Speech(utterances, alphabet, frames_per_output, concat=concat)
+        for index, u in enumerate(utterances):
+            mels, target, _ = speech[epoch, index]
+            yield u, len(mels), data.decode(target.tolist(), alphabet)
+
+    return items
+
+
+def test_concat_puts_another_of_the_speaker_behind(joined, corpus):
+    texts = defaultdict(set)
+    for u in read_utterances(corpus.train):
+        texts[u.speaker].add(u.text)
+    for u, _, text in joined(0, concat=1):
+        assert text.startswith(u.text + ' ')
+        assert text.removeprefix(u.text + ' ') in texts[u.speaker]
+
+
+def test_concat_is_a_chance_and_lengthens_clips(joined):
+    plain = list(joined(0, concat=0))
+    half = list(joined(0, concat=0.5))
+    longer = [frames / alone > 1.2 for (_, frames, _), (_, alone, _) in zip(half, plain)]
+    said_more = [text != u.text for u, _, text in half]
+    assert longer == said_more
+    assert np.mean(said_more) == pytest.approx(0.5, abs=0.2)
+    assert half != list(joined(1, concat=0.5))
+
+
+def test_concat_leaves_alone_what_ctc_could_not_align(joined):
+    """At the fewest outputs with which every utterance fits, some pairs do not."""
+    rate = min((frames - 1) // (data.outputs_needed(u.text) - 1)
+               for u, frames, _ in joined(0, concat=0, frames_per_output=0))
+    alone = [text == u.text for u, _, text in joined(0, concat=1, frames_per_output=rate)]
+    assert any(alone)
+    assert not all(alone)
 
 
 def test_masks_are_zero_and_leave_the_rest(mels_of):
@@ -2879,8 +2922,8 @@ def fingerprint(tmp_path_factory):
     '--num_train_samples=3', '--spec_augment', '--no-speed_perturb', '--epochs=2',
     '--batch_size=2', '--learning_rate=1e-3', '--weight_decay=0.1', '--grad_clip=0.01',
     '--interctc_weight=0', '--seed=1', '--blocks=5', '--frames_per_output=2', '--hidden=8',
-    '--dropout=0.5', '--squeeze_excite', '--schedule=constant', '--blocks=5 --undo deep_path',
-    '--undo forget_bias'])
+    '--dropout=0.5', '--squeeze_excite', '--schedule=constant', '--concat=1',
+    '--blocks=5 --undo deep_path', '--undo forget_bias'])
 def test_each_flag_changes_the_trained_weights(flags, fingerprint):
     """Those that begin with the last '--', where there are several."""
     others, _, last = flags.rpartition('--')

@@ -167,6 +167,9 @@ def add_data_flags(add: Callable) -> None:
         help='SpecAugment: mask frequency bands and time spans in training')
     add('--speed_perturb', action=SWITCH, default=True,
         help='play at 0.9 to 1.1 times the speed in training')
+    add('--concat', type=model.in_range(float, 0, 1), default=0.0,
+        help='chance by which a training utterance is followed by another of its speaker in one '
+             'clip, for small corpora')
     add('--max_seconds', type=model.in_range(float, 0), default=40.0,
         help='training utterances longer than this are left out and listed; 0: no limit')
     add('--workers', type=model.in_range(int, 0, 256), default=0,
@@ -606,10 +609,13 @@ class Task:
         return self.passes * self.batches_a_pass
 
     def train_speech(self) -> data.Speech:
-        augment = not self.args.overfit
+        args = self.args
+        augmentation = {'spec_augment': args.spec_augment, 'speed_perturb': args.speed_perturb,
+                        'concat': args.concat}
+        if args.overfit:
+            augmentation = {}
         return data.Speech(self.splits.train, self.alphabet,
-                           self.network.config.frames_per_output, self.args.seed,
-                           augment and self.args.spec_augment, augment and self.args.speed_perturb)
+                           self.network.config.frames_per_output, args.seed, **augmentation)
 
     @functools.cached_property
     def language_model(self) -> model.CharacterModel:
