@@ -9,7 +9,8 @@
     batch        (B, 1, T, 80)   with lengths (B,), targets (B, L) and their lengths (B,)
 
 References: Slaney 1998 (mel scale); Park et al. 2019, 2020 (SpecAugment); Ko et al. 2015 (speed
-perturbation); Fant 1960 and Klatt 1980 (the built-in corpus).
+perturbation); Lin et al. 2022 (utterance concatenation); Fant 1960 and Klatt 1980 (the built-in
+corpus).
 """
 import argparse
 import concurrent.futures
@@ -538,7 +539,7 @@ class Speech(torch.utils.data.Dataset):
         """What an item says: the utterance and, by the chance `concat`, another of its speaker.
 
         The network so hears words in more contexts and clips of more lengths than the corpus has
-        (Lin et al. 2022, section 3).
+        (random utterance concatenation, Lin et al. 2022).
         """
         parts = [self.utterances[index]]
         rng = self.rng(epoch, index, 2)

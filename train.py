@@ -168,8 +168,8 @@ def add_data_flags(add: Callable) -> None:
     add('--speed_perturb', action=SWITCH, default=True,
         help='play at 0.9 to 1.1 times the speed in training')
     add('--concat', type=model.in_range(float, 0, 1), default=0.0,
-        help='chance by which a training utterance is followed by another of its speaker in one '
-             'clip, for small corpora')
+        help='chance that another utterance of the speaker follows in the same training clip: more '
+             'contexts for small corpora, clips up to twice as long')
     add('--max_seconds', type=model.in_range(float, 0), default=40.0,
         help='training utterances longer than this are left out and listed; 0: no limit')
     add('--workers', type=model.in_range(int, 0, 256), default=0,
