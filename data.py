@@ -555,9 +555,10 @@ class Speech(torch.utils.data.Dataset):
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = item
         u = self.utterances[index]
-        speed = self.speed(epoch, index)
-        # As drawn; where CTC could not align that, the utterance alone; that as it was recorded.
-        for parts, speed in (self.parts(epoch, index), speed), ([u], speed), ([u], 100):
+        drawn = self.speed(epoch, index)
+        # Where CTC could not align what was drawn: the utterance alone, then as it was recorded.
+        attempts = [(self.parts(epoch, index), drawn), ([u], drawn), ([u], 100)]
+        for parts, speed in attempts:
             waves = [resample(*load_utterance(part), SAMPLE_RATE) for part in parts]
             target = encode(' '.join(part.text for part in parts), self.alphabet)
             # At 110 %, 110 samples become 100: faster and higher.
