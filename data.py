@@ -16,6 +16,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -503,9 +504,9 @@ def load_utterance(u: Utterance) -> tuple[Tensor, int]:
 class Speech(torch.utils.data.Dataset):
     """Utterances as (log-mels (T, 80), target (L,), index), asked for by (epoch, index).
 
-    Augmentation depends on seed, epoch and the utterance alone; whom `concat` (the chance of it)
-    puts behind it, on the corpus too. frames_per_output: above 0, an
-    utterance that CTC cannot align raises DataError; 0 lets it pass, for evaluation.
+    Augmentation depends on seed, epoch and the utterance alone; what `concat` (the chance of it)
+    puts behind it, on the corpus too. frames_per_output: above 0, an utterance that CTC cannot
+    align raises DataError; 0 lets it pass, for evaluation.
     """
 
     def __init__(self, utterances: Sequence[Utterance], alphabet: Sequence[str],
@@ -518,9 +519,14 @@ class Speech(torch.utils.data.Dataset):
         self.spec_augment = spec_augment
         self.speed_perturb = speed_perturb
         self.concat = concat
-        self.of_speaker = defaultdict(list)
-        for index, u in enumerate(utterances):
-            self.of_speaker[u.speaker].append(index)
+
+    @functools.cached_property
+    def of_speaker(self) -> dict[str, list[Utterance]]:
+        """Each speaker's utterances; those of unknown speakers count as one's."""
+        of_speaker = defaultdict(list)
+        for u in self.utterances:
+            of_speaker[u.speaker].append(u)
+        return of_speaker
 
     def rng(self, epoch: int, index: int, *purpose: int) -> np.random.Generator:
         """The random numbers of an utterance in an epoch, others for each purpose.
@@ -536,16 +542,17 @@ class Speech(torch.utils.data.Dataset):
         return int(self.rng(epoch, index).choice(SPEEDS)) if self.speed_perturb else 100
 
     def parts(self, epoch: int, index: int) -> list[Utterance]:
-        """What an item says: the utterance and, by the chance `concat`, another of its speaker.
+        """What an item says: the utterance and, by the chance `concat`, one of its speaker's.
 
         The network so hears words in more contexts and clips of more lengths than the corpus has
         (random utterance concatenation, Lin et al. 2022).
         """
-        parts = [self.utterances[index]]
+        u = self.utterances[index]
         rng = self.rng(epoch, index, 2)
-        if rng.random() < self.concat:
-            parts.append(self.utterances[rng.choice(self.of_speaker[parts[0].speaker])])
-        return parts
+        if rng.random() >= self.concat:
+            return [u]
+        same_speaker = self.of_speaker[u.speaker]
+        return [u, same_speaker[rng.integers(len(same_speaker))]]
 
     def frames(self, epoch: int, index: int) -> float:
         """About how many frames an item has in an epoch."""
@@ -554,19 +561,18 @@ class Speech(torch.utils.data.Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = item
-        u = self.utterances[index]
-        drawn = self.speed(epoch, index)
+        parts, drawn = self.parts(epoch, index), self.speed(epoch, index)
+        waves = [resample(*load_utterance(u), SAMPLE_RATE) for u in parts]
         # Where CTC could not align what was drawn: the utterance alone, then as it was recorded.
-        attempts = [(self.parts(epoch, index), drawn), ([u], drawn), ([u], 100)]
-        for parts, speed in attempts:
-            waves = [resample(*load_utterance(part), SAMPLE_RATE) for part in parts]
-            target = encode(' '.join(part.text for part in parts), self.alphabet)
+        attempts = [(len(parts), drawn), (1, drawn), (1, 100)]
+        for count, speed in dict.fromkeys(attempts):  # no attempt twice
+            target = encode(' '.join(u.text for u in parts[:count]), self.alphabet)
             # At 110 %, 110 samples become 100: faster and higher.
-            mels, _ = features(resample(torch.cat(waves), speed, 100))
+            mels, _ = features(resample(torch.cat(waves[:count]), speed, 100))
             if len(mels) > (outputs_needed(target) - 1) * self.frames_per_output:
                 break
         else:
-            raise DataError(f'{u.where}: {too_short_message(u)}')
+            raise DataError(f'{parts[0].where}: {too_short_message(parts[0])}')
         if self.spec_augment:
             mels = spec_augment(mels, self.rng(epoch, index, 1))
         return mels, torch.tensor(target), index
@@ -601,8 +607,8 @@ def training_batches(speech: Speech, batch_size: int, epoch: int, rank: int = 0,
     """One epoch's batches of (epoch, index): every utterance once, the batches in random order.
 
     The items of a batch have nearly equal lengths, augmentation included; a jitter of 2 % varies
-    which ones meet. Of several processes (ranks), each takes its share of every
-    batch; one without a share repeats the batch's first utterance.
+    which ones meet. Of several processes (ranks), each takes its share of every batch; one without
+    a share repeats the batch's first utterance.
     """
     rng = np.random.default_rng([speech.seed, epoch])
     frames = [speech.frames(epoch, index) for index in range(len(speech.utterances))]

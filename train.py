@@ -168,8 +168,9 @@ def add_data_flags(add: Callable) -> None:
     add('--speed_perturb', action=SWITCH, default=True,
         help='play at 0.9 to 1.1 times the speed in training')
     add('--concat', type=model.in_range(float, 0, 1), default=0.0,
-        help='chance that another utterance of the speaker follows in the same training clip: more '
-             'contexts for small corpora, clips up to twice as long')
+        help='chance that an utterance drawn from the same speaker (from anyone, where the corpus '
+             'names none) follows in the training clip, which is longer then: more '
+             'contexts for small corpora')
     add('--max_seconds', type=model.in_range(float, 0), default=40.0,
         help='training utterances longer than this are left out and listed; 0: no limit')
     add('--workers', type=model.in_range(int, 0, 256), default=0,
@@ -610,10 +611,10 @@ class Task:
 
     def train_speech(self) -> data.Speech:
         args = self.args
-        augmentation = {'spec_augment': args.spec_augment, 'speed_perturb': args.speed_perturb,
-                        'concat': args.concat}
-        if args.overfit:
-            augmentation = {}
+        augmentation = {}
+        if not args.overfit:
+            augmentation = {'spec_augment': args.spec_augment, 'speed_perturb': args.speed_perturb,
+                            'concat': args.concat}
         return data.Speech(self.splits.train, self.alphabet,
                            self.network.config.frames_per_output, args.seed, **augmentation)
 
