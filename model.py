@@ -485,27 +485,33 @@ def greedy_decode(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
             for path, length in zip(paths, lengths.tolist())]
 
 
+MOST_STEPS = 2_000_000_000  # of an alignment: a byte each
+
+
 def align(log_probs: Tensor, symbols: Sequence[int]) -> list[Emission]:
     """When each symbol of a text is emitted, on the likeliest of the paths that collapse to it.
 
     log_probs (T', V). The states are blank, symbol, blank, ..., blank; a path stays, goes one state
     on, or skips the blank between two different symbols (Viterbi's algorithm on the lattice of
-    Graves et al. 2006, figure 3). Raises ValueError where the text is too long for the outputs.
+    Graves et al. 2006, figure 3). Raises ValueError where the text is too long for the outputs, or
+    both are too long for memory.
     """
     states = [0]
     for symbol in symbols:
         states += [symbol, 0]
+    if len(states) * len(log_probs) > MOST_STEPS:
+        raise ValueError(f'{len(symbols)} symbols in {len(log_probs)} outputs are too many to '
+                         'align')
     never = -math.inf
     skips = torch.tensor([k > 1 and s != 0 and s != states[k - 2] for k, s in enumerate(states)])
-    emitted = log_probs[:, states]                                     # (T', 2L + 1)
     score = torch.full((len(states),), never)
-    score[:2] = emitted[0, :2]
+    score[:2] = log_probs[0, states[:2]]
     steps = []
     for t in range(1, len(log_probs)):
         one = F.pad(score[:-1], (1, 0), value=never)
         two = F.pad(score[:-2], (2, 0), value=never)[:len(states)].masked_fill(~skips, never)
         best, step = torch.stack([score, one, two]).max(0)
-        score = best + emitted[t]
+        score = best + log_probs[t, states]                            # (2L + 1,)
         steps.append(step.to(torch.uint8))
     state = len(states) - 1
     if state and score[state - 1] >= score[state]:
@@ -629,7 +635,7 @@ def grow(beam: Mapping[str, tuple[float, float]], probabilities: Sequence[float]
             grown[longer] = (after_blank, after_symbol + begins)
         after_blank, after_symbol = grown.get(text, (0.0, 0.0))
         grown[text] = (after_blank + probabilities[0] * total, after_symbol + repeated)
-    return {text: ends for text, ends in grown.items() if sum(ends)} or dict(beam)
+    return {text: ends for text, ends in grown.items() if sum(ends)}
 
 
 def beam_decode(log_probs: Tensor, alphabet: Sequence[str],
@@ -732,7 +738,7 @@ class Checkpoint(NamedTuple):
     network: Recogniser             # in eval mode
     alphabet: list[str]             # of symbols; the first is the blank
     run: dict                       # what is known of its training
-    language_model: CharacterModel  # of the training transcripts
+    language_model: CharacterModel  # of the training transcripts, or of train.py's --lm_text
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -804,7 +810,7 @@ def transcribe(checkpoint: Checkpoint, wave: Tensor, decoding: Decoding = GREEDY
     """What is heard in a wave (S,) at 16 kHz, as data.read_wave gives it.
 
     times: with its words, whose alignment takes memory that grows with the square of the clip's
-    length.
+    length; raises ValueError where that is too much.
     """
     import data  # here, so that the network can be used without
     network, alphabet, _, language_model = checkpoint
@@ -847,9 +853,10 @@ def plot_clip(transcript: Transcript, checkpoint: Checkpoint, path: str) -> None
     for emission in collapse(path_symbols):
         name = checkpoint.alphabet[emission.symbol].replace(' ', '_')
         middle = (times[emission.first] + times[emission.last]) / 2
-        below.text(middle, 1.03, name, ha='center')
+        below.text(middle, 1.03, name, ha='center', parse_math=False)  # a $ is a $
     for word in words:
-        above.text((word.start + word.end) / 2, mels.shape[1] + 2, word.text, ha='center')
+        above.text((word.start + word.end) / 2, mels.shape[1] + 2, word.text, ha='center',
+                   parse_math=False)
         above.axvspan(word.start, word.end, ymin=0.97, color='white')
     below.set_ylim(0, 1.15)
     below.set_ylabel('probability')
@@ -891,7 +898,7 @@ def add_decoding_flags(add: Callable, width: int) -> None:
         help='nats added for each character where the character model has a weight')
     add('--lm_text', metavar='FILE',
         help='text file, one sentence a line, to build the character model from; unset: the '
-             'training transcripts')
+             'training transcripts, or what the checkpoint was given in their place')
 
 
 def read_decoding(args: argparse.Namespace) -> Decoding:
@@ -946,15 +953,19 @@ def transcribe_clips(args: argparse.Namespace) -> bool:
     failed = False
     for number, clip in enumerate(args.clips, 1):
         data.show_status(f'transcribing {number}/{len(args.clips)}: {clip}')
+        fault = None
         try:
             wave = data.read_wave(clip)
             transcript = transcribe(checkpoint, wave, decoding, bool(args.times or args.plot))
         except data.DataError as error:
-            data.show_status()
-            print(f'model.py: {error}', file=sys.stderr)
+            fault = error
+        except ValueError as error:  # of align
+            fault = f'{clip}: {error}; cut it into pieces, or leave --times and --plot out'
+        data.show_status()
+        if fault:
+            print(f'model.py: {fault}', file=sys.stderr)
             failed = True
             continue
-        data.show_status()
         print(f'{clip}: {transcript.text}' if len(args.clips) > 1 else transcript.text)
         if args.times:
             for word in transcript.words:

@@ -48,7 +48,7 @@ EXPLODED = 10            # times a part's early median gradient norm
 UNREACHED = 1e-3         # of the largest part's gradient norm: below, a part gets no gradient
 SLOW_CHANGE = 0.05       # of the weights' norm in an epoch: below, they hardly move
 FAST_CHANGE = 2.0        # above, they change too fast
-FEW_UPDATES = 500        # too few to leave the plateau
+FEW_UPDATES = 500        # fewer may not be enough to leave the plateau
 CORRELATED = 0.3         # lengths of recordings and of their transcripts, at least
 # The space and the letters, most frequent first, per 100 letters of English (Norvig 2013, "English
 # letter frequency counts: Mayzner revisited").
@@ -71,6 +71,8 @@ def one_line_ends(program: str, next_step: Callable[[], str] | None = None) -> I
         try:
             yield
         finally:
+            if sys.stderr is not None and sys.stderr.isatty():
+                print('\r\x1b[K', end='', file=sys.stderr)  # clears a status line
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a closed pipe is answered
     except KeyboardInterrupt:
@@ -96,27 +98,25 @@ class Edits(NamedTuple):
 def edit_counts(reference: Sequence, hypothesis: Sequence) -> Edits:
     """The edits of a cheapest alignment of two sequences (Levenshtein 1966).
 
-    On a tie, the one with fewer substitutions, then insertions. Raises ValueError for sequences
-    of 50,000 symbols or more.
+    On a tie, the one with fewer substitutions.
     """
-    # One number for all four, compared from the left: cost, substitutions, insertions, deletions.
-    base = 1 + max(len(reference), len(hypothesis))
-    if base > 50_000:  # the fourth power is to fit 63 bits
-        raise ValueError(f'{base - 1} symbols are too many to align; give shorter utterances')
-    substitution, insertion, deletion = base ** 3 + base ** 2, base ** 3 + base, base ** 3 + 1
+    # One number for both, compared from the left: cost, substitutions.
+    base = 1 + len(reference)
+    substitution, gap = base + 1, base
     symbols = {symbol: i for i, symbol in enumerate({*reference, *hypothesis})}
     heard = np.array([symbols[symbol] for symbol in hypothesis], dtype=np.int64)
-    insertions = insertion * np.arange(len(hypothesis) + 1)
+    insertions = gap * np.arange(len(hypothesis) + 1)
     row = insertions  # of the empty reference
     for said in reference:
-        best = row + deletion
+        best = row + gap  # a deletion
         same = row[:-1] + np.where(heard == symbols[said], 0, substitution)
         best[1:] = np.minimum(best[1:], same)
         # Insertions run along the row: the least of all that came before it, and as many of them.
         row = np.minimum.accumulate(best - insertions) + insertions
-    counts = int(row[-1])
-    return Edits(counts // base ** 3, counts // base ** 2 % base, counts // base % base,
-                 counts % base)
+    cost, substitutions = divmod(int(row[-1]), base)
+    longer = len(hypothesis) - len(reference)  # insertions less deletions
+    inserted = (cost - substitutions + longer) // 2
+    return Edits(cost, substitutions, inserted, inserted - longer)
 
 
 def bootstrap_interval(errors: Tensor, words: Tensor, samples: int = 1000) -> list[float]:
@@ -195,8 +195,9 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
         return losses(distribution, chosen).mean().item()
 
     few = possible[::max(1, len(possible) // 16)]  # their best share is nearly that of all
-    # The loss falls with the labels' share, 1 - blank, and rises again, so each step discards a
-    # third. On a log scale: with many outputs a label the best share is far below a hundredth.
+    # The loss falls with the labels' share, 1 - blank, and rises again (where no text needs a blank
+    # it only falls), so each step discards a third. On a log scale: with many outputs a label the
+    # best share is far below a hundredth.
     low, high = math.log(1e-5), 0.0
     while high - low > 0.02:
         left, right = low + (high - low) / 3, high - (high - low) / 3
@@ -204,7 +205,8 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
             high = right
         else:
             low = left
-    return uniform[possible].mean().item(), constant(1 - math.exp((low + high) / 2), possible)
+    best = constant(1 - math.exp((low + high) / 2), possible)
+    return uniform[possible].mean().item(), min(best, constant(0, possible))
 
 
 def plateau_fraction(loss: float, lines: tuple[float, float]) -> float:
@@ -213,7 +215,7 @@ def plateau_fraction(loss: float, lines: tuple[float, float]) -> float:
     Reaching 1 is not learning; passing it is.
     """
     uniform, constant = lines
-    return (uniform - loss) / max(uniform - constant, 1e-9)  # equal for texts of one character
+    return (uniform - loss) / max(uniform - constant, 1e-9)  # they may be equal where V is 2
 
 
 def lines_of_lengths(outputs: int, labels: int, vocab_size: int) -> tuple[float, float]:
@@ -345,8 +347,10 @@ class Gradients:
 
         False where the norm is not finite: the update must be left out.
         """
-        norms = {part: nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-                 for part, group in self.groups.items()}
+        norms = {}
+        for part, group in self.groups.items():
+            gradients = [p.grad for p in group if p.grad is not None]
+            norms[part] = nn.utils.get_total_norm(gradients).cpu()  # where that of none is
         total = torch.stack(list(norms.values())).norm()
         self.updates += 1
         if not torch.isfinite(total):
@@ -591,8 +595,8 @@ def stuck_reason(log: Sequence[Mapping]) -> str:
         return ('the gradient does not reach every part of the network; see the warning, and '
                 'what initialises the layers above that part')
     if updates < FEW_UPDATES:
-        return (f'{updates} updates are few: with this many outputs a label the plateau lasts '
-                f'some {FEW_UPDATES} and more; raise --epochs, or lower --batch_size')
+        return (f'{updates} updates are few: a plateau may last {FEW_UPDATES} and more; raise '
+                '--epochs, or lower --batch_size')
     return (f'still on the plateau after {updates} updates, though gradients and steps are of a '
             'healthy size; can it learn ten utterances (train.py --overfit 10)? If so, give it '
             'fewer outputs a label (--frames_per_output)')
@@ -622,7 +626,7 @@ def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
     elif stuck:
         step = stuck_reason(log)
     elif last['nonfinite'] or (last['clipped'] > 0.9 and last['train_plateau_fraction'] < 1.1):
-        step = 'many updates are skipped or clipped; halve --learning_rate'
+        step = 'updates are skipped, or nearly all clipped; halve --learning_rate'
     elif 'wer' not in last:
         step = 'there is no validation data; give --valid_data'
     elif last['wer'] > 80 and last['cer'] < 25:
@@ -640,7 +644,8 @@ def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
 
 
 def best_epoch(log: Sequence[Mapping]) -> Mapping:
-    """The record of the lowest validation WER; of equal ones the last, which best.pt holds."""
+    """The record of the lowest validation WER; of equal ones that of the lowest CER, of those the
+    last; best.pt holds it."""
     return min(reversed(log), key=lambda record: (record['wer'], record['cer']))
 
 
@@ -868,8 +873,7 @@ class Run(NamedTuple):
     """What a run folder holds; empty what it lacks."""
     name: str
     config: dict                          # config.json
-    log: list[dict]                       # of whole lines
-    torn: bool                            # whether the log's last line was cut off
+    log: list[dict]                       # log.jsonl
     results: dict                         # results.json
     split: str                            # 'test' or 'valid', whichever was scored last
     sentences: list[list[str]]            # of it: [file, said, heard, heard by beam search]
@@ -885,18 +889,15 @@ class Run(NamedTuple):
         return self.results.get(self.split) or {}
 
 
-def read_log(path: Path) -> tuple[list[dict], bool]:
-    """The whole lines of a log.jsonl, and whether its last one was cut off. Raises RunError."""
-    lines = path.read_text(encoding='utf-8').splitlines()
+def read_log(path: Path) -> list[dict]:
+    """The records of a log.jsonl. Raises RunError."""
     log = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
         try:
             log.append(json.loads(line))
         except ValueError:
-            if number < len(lines):
-                raise RunError(f'{path}:{number}: is not JSON; the log is damaged') from None
-            return log, True
-    return log, False
+            raise RunError(f'{path}:{number}: is not JSON; remove that line') from None
+    return log
 
 
 def read_sentences(path: Path) -> list[list[str]]:
@@ -909,11 +910,11 @@ def read_run(folder: str | Path) -> Run:
     """A run folder of train.py, of a run at work too. Raises RunError."""
     folder = Path(folder)
     try:
-        config, log, torn, results = {}, [], False, {}
+        config, log, results = {}, [], {}
         if (folder / 'config.json').exists():
             config = json.loads((folder / 'config.json').read_text())
         if (folder / 'log.jsonl').exists():
-            log, torn = read_log(folder / 'log.jsonl')
+            log = read_log(folder / 'log.jsonl')
         if (folder / 'results.json').exists():
             results = json.loads((folder / 'results.json').read_text())
         if not isinstance(config, dict) or not isinstance(results, dict):
@@ -928,7 +929,7 @@ def read_run(folder: str | Path) -> Run:
         sentences = []
         if results.get(split):
             sentences = read_sentences(folder / f'{split}.tsv')
-        return Run(str(folder), config, log, torn, results, split, sentences)
+        return Run(str(folder), config, log, results, split, sentences)
     except (OSError, ValueError) as error:
         raise RunError(f'{folder}: holds no whole run of train.py ({error!r}); name a run '
                        'folder') from None
@@ -939,8 +940,6 @@ def print_run(run: Run) -> None:
     print(run.name)
     for record in run.log:
         print(epoch_line(record))
-    if run.torn:
-        print('the last line of the log is cut off, and left out here')
     if run.log:
         print(*explain(run.log, run.config), sep='\n')
     if run.rates:
@@ -984,7 +983,7 @@ def seed_groups(runs: Iterable[Run]) -> list[list[Run]]:
 def group_name(group: Sequence[Run]) -> str:
     """What the names of a group's runs have in common, or all of them."""
     names = [Path(run.name).name for run in group]
-    return os.path.commonprefix(names).rstrip('_-') or ' '.join(names)
+    return os.path.commonprefix(names).rstrip('_-') or ' '.join(run.name for run in group)
 
 
 def same_sentences(runs: Sequence[Run]) -> bool:
@@ -993,7 +992,7 @@ def same_sentences(runs: Sequence[Run]) -> bool:
     return bool(said[0]) and all(other == said[0] for other in said)
 
 
-def word_errors(group: Sequence[Run], column: int = 2) -> tuple[Tensor, Tensor]:
+def word_errors(group: Sequence[Run], column: int) -> tuple[Tensor, Tensor]:
     """Word errors and words (N,) of the utterances that runs scored, means over the runs.
 
     column: of Run.sentences, what was heard.
@@ -1076,6 +1075,9 @@ def print_comparison(runs: Sequence[Run]) -> None:
     compared = list(itertools.chain(*sides))
     if len(sides) != 2 or not same_sentences(compared):
         return
+    names = [group_name(side) for side in sides]
+    if names[0] == names[1]:
+        names = [' '.join(run.name for run in side) for side in sides]
     for decoding in 'greedy', 'beam':
         ending, column = DECODINGS[decoding]
         if not all(run.results.get(run.split + ending) for run in compared):
@@ -1083,8 +1085,8 @@ def print_comparison(runs: Sequence[Run]) -> None:
         more, (low, high) = paired_bootstrap(*sides, column)
         verdict = 'no significant difference'
         if low > 0 or high < 0:
-            verdict = f'{group_name(sides[0] if low > 0 else sides[1])} is better'
-        print(f'paired bootstrap, {decoding}: {group_name(sides[1])} has {more:+.2f} points of WER '
+            verdict = f'{names[0] if low > 0 else names[1]} is better'
+        print(f'paired bootstrap, {decoding}: {names[1]} has {more:+.2f} points of WER '
               f'(95 %: {low:+.2f} to {high:+.2f}): {verdict}')
 
 
@@ -1203,18 +1205,19 @@ def plot_gradients(axes, runs: Sequence[Run]) -> None:
 def plot_words(axes, runs: Sequence[Run]) -> None:
     """What was said and heard in the longest sentence that all runs scored, if there is one."""
     axes.axis('off')
-    texts = [{file: (said, heard) for file, said, heard, *_ in run.sentences} for run in runs]
+    texts = [{(file, said): heard for file, said, heard, *_ in run.sentences} for run in runs]
     shared = set(texts[0]).intersection(*texts)
     if not shared:
         return
-    file = max(sorted(shared), key=lambda file: len(texts[0][file][0]))
-    lines = [('one sentence, said', texts[0][file][0])]
-    lines += [(f'heard, {short_name(run)}', heard[file][1] or '(nothing)')
+    longest = max(sorted(shared), key=lambda sentence: len(sentence[1]))
+    lines = [('one sentence, said', longest[1])]
+    lines += [(f'heard, {Path(run.name).resolve().name}', heard[longest] or '(nothing)')
               for run, heard in zip(runs, texts)]
     width = max(len(name) for name, _ in lines)
-    for row, ((name, text), colour) in enumerate(zip(lines, ('black', *COLOURS))):
+    colours = itertools.chain(['black'], itertools.cycle(COLOURS))
+    for row, ((name, text), colour) in enumerate(zip(lines, colours)):
         axes.text(0, 1 - row / len(lines), f'{name:>{width}}: {text[:100]}', color=colour,
-                  family='monospace', va='top')
+                  family='monospace', va='top', parse_math=False)
 
 
 def plot_runs(runs: Sequence[Run], path: str) -> None:

@@ -749,6 +749,16 @@ def test_a_text_too_long_to_align_is_an_error():
         model.align(torch.zeros(4, 3), [1, 1, 1])
 
 
+def test_a_clip_too_long_for_its_words_times_is_a_line(by_heart, monkeypatch, capsys):
+    monkeypatch.setattr(model, 'MOST_STEPS', 10)
+    clip = by_heart.folder / 'clip.wav'
+    assert exit_code(model.main, by_heart.folder / 'best.pt', clip, '--times') is True
+    message = capsys.readouterr().err
+    assert message.startswith(f'model.py: {clip}: ')
+    assert 'are too many to align; cut it into pieces, or leave --times and --plot out' in message
+    assert message.count('\n') == 1
+
+
 def test_words_are_split_at_spaces():
     path = [0, 1, 1, 0, 2, 3, 0, 0, 1, 0, 1, 3, 3, 0]
     words = model.split_words(model.collapse(path), ['', 'a', 'b', ' '])
@@ -1483,6 +1493,15 @@ def test_a_recording_is_read_from_standard_input(name, by_heart, monkeypatch, ca
     assert capsys.readouterr().out.strip() == by_heart.text
 
 
+@pytest.mark.parametrize('name,speaker', [('84-121123-0001', '84'), ('rec10', '')])
+def test_speakers_of_librispeech_files_in_one_folder(name, speaker, tmp_path):
+    """By their names' first part, where they have several."""
+    write_noise(tmp_path / f'{name}.wav')
+    write_lines(tmp_path / 'all.trans.txt', [f'{name} GO'])
+    utterance, = read_utterances(tmp_path)
+    assert utterance.speaker == speaker
+
+
 def test_links_in_a_librispeech_tree_are_followed_and_loops_are_not(tmp_path):
     for speaker in '1', '2':
         chapter = tmp_path / f'disk{speaker}' / speaker / '5'
@@ -1657,6 +1676,16 @@ def test_ctrl_c_and_a_full_disk_end_every_program_in_a_line(module, work, error,
     assert message.startswith(f'{module.__name__}.py: ')
     assert words in message
     assert '\n' not in message
+
+
+def test_a_status_line_is_cleared_before_the_last_words(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    with pytest.raises(data.DataError), monitor.one_line_ends('train.py'):
+        data.show_status('update 12/875')
+        raise data.DataError('x.flac is cut off')
+    assert terminal.getvalue().endswith('update 12/875\x1b[K\r\x1b[K')
 
 
 def test_a_closed_pipe_ends_a_program_without_a_traceback():
@@ -1986,6 +2015,13 @@ def test_error_rates_by_hand():
     assert rates['deletions'] == 1
     assert rates['words'] == 4
     assert rates['utterances'] == 2
+
+
+@pytest.mark.parametrize('said,heard', [('a b ' * 20_000, 'a'), ('a', 'a b ' * 20_000)])
+def test_errors_of_texts_of_any_length_are_counted(said, heard):
+    edits = monitor.edit_counts(said, heard)
+    assert edits.substitutions == 0
+    assert edits.insertions + edits.deletions == edits.cost == 79_999
 
 
 @slow
@@ -2363,6 +2399,11 @@ def test_lines_without_a_run(outputs, labels, capsys):
     assert 2.5 < constant < 3.3 < uniform
 
 
+def test_the_constant_line_of_texts_of_one_letter():
+    """They need no blank: the letter in every output says each of them."""
+    assert monitor.lines_of_lengths(50, 1, 2)[1] == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize('words', ['10 12 28', '10 0 28', '10 5 1', '5 5 2', '100000000 12 28',
                                    '20000 10000 28', '250 12 20000000'])
 def test_lines_that_cannot_be(words, capsys):
@@ -2555,9 +2596,9 @@ STUCK = VALIDATED | {'phase': 'constant', 'valid_plateau_fraction': 0.99,
     (STUCK | {'vanished': ['backbone']}, 'the gradient does not reach every part'),
     (STUCK | {'left_constant': 300}, 'the network fits the training utterances alone'),
     (VALIDATED | {'train_eval_loss': 2.0}, 'the loss of training utterances is 2.000 in eval mode'),
-    (VALIDATED | {'nonfinite': 1}, 'many updates are skipped or clipped'),
+    (VALIDATED | {'nonfinite': 1}, 'updates are skipped, or nearly all clipped'),
     (VALIDATED | {'clipped': 1.0, 'train_plateau_fraction': 1.0},
-     'many updates are skipped or clipped'),
+     'updates are skipped, or nearly all clipped'),
     (HEALTHY, 'there is no validation data'),
     (VALIDATED | {'wer': 97.6, 'cer': 17.4}, 'the letters are right and the words are not'),
     (VALIDATED | {'wer': 0.0, 'cer': 0.0}, 'there are no errors left to learn from'),
@@ -2576,7 +2617,7 @@ def test_transcripts_of_other_recordings_are_known_by_their_lengths():
 
 
 def test_advice_names_the_best_epoch():
-    """Of equal ones the last, which is the one that best.pt holds."""
+    """Of equal ones, in CER too, the last, which is the one that best.pt holds."""
     log = [VALIDATED | {'epoch': i, 'wer': wer} for i, wer in enumerate([30, 10, 10, 20], 1)]
     assert 'best epoch 3 of 4: WER 10.00 %, CER 5.00 %' in monitor.explain(log, {})
 
@@ -2601,16 +2642,6 @@ def test_folders_that_hold_no_run_are_named(first_run, tmp_path, capsys):
     assert 'none: holds neither log.jsonl nor results.json' in err
     assert 'log.jsonl:1: is not JSON' in err
     assert err.count('\n') == 2
-
-
-def test_a_log_that_is_cut_off_is_read_as_far_as_it_goes(first_run, tmp_path, capsys):
-    log = (first_run.folder / 'log.jsonl').read_text()
-    (tmp_path / 'log.jsonl').write_text(log[:-100])
-    assert exit_code(monitor.main, tmp_path) is False
-    out = capsys.readouterr().out
-    assert 'epoch   2' in out
-    assert 'epoch   3' not in out
-    assert 'the last line of the log is cut off' in out
 
 
 def fake_run(folder, seed, wer, errors=(), **settings):
@@ -2653,6 +2684,48 @@ def test_groups_of_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
     assert greedy.startswith('paired bootstrap, greedy: good_0 has -100.00 points of WER')
     assert greedy.endswith('good_0 is better')
     assert beam.endswith('+0.00 points of WER (95 %: +0.00 to +0.00): no significant difference')
+
+
+def test_the_better_of_two_runs_of_one_name_is_named_in_full(tmp_path, capsys):
+    runs = []
+    for name, errors in ('ours', []), ('before', [0, 1, 2]):
+        (tmp_path / name).mkdir()
+        runs.append(fake_run(tmp_path / name / 'seed_0', 0, 0.0, errors))
+    assert exit_code(monitor.main, *runs) is False
+    greedy = capsys.readouterr().out.splitlines()[-2]
+    assert f'{runs[1]} has +100.00 points' in greedy
+    assert greedy.endswith(f'{runs[0]} is better')
+
+
+class FakeAxes:
+    """Keeps the texts that are drawn."""
+
+    def __init__(self):
+        self.texts = []
+
+    def axis(self, switch):
+        pass
+
+    def text(self, x, y, text, **style):
+        self.texts.append(text.strip())
+
+
+def test_a_picture_shows_one_sentence_as_each_of_eight_runs_heard_it(tmp_path):
+    runs = [monitor.read_run(fake_run(tmp_path / f'{i}', i, 0.0, [2] if i else []))
+            for i in range(8)]
+    axes = FakeAxes()
+    monitor.plot_words(axes, runs)
+    assert axes.texts == ['one sentence, said: go right now', 'heard, 0: go right now',
+                          *(f'heard, {i}: no' for i in range(1, 8))]
+
+
+def test_a_picture_shows_no_sentence_where_files_of_one_name_say_others(tmp_path):
+    one, two = [monitor.read_run(fake_run(tmp_path / name, 0, 0.0)) for name in ('one', 'two')]
+    two = two._replace(sentences=[[file, 'stop it', 'stop it', '']
+                                  for file, *_ in two.sentences])
+    axes = FakeAxes()
+    monitor.plot_words(axes, [one, two])
+    assert axes.texts == []
 
 
 def test_two_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
@@ -3019,8 +3092,9 @@ def test_best_pt_is_the_last_of_the_best_epochs(corpus, tmp_path, monkeypatch):
     assert [record['epoch'] for record in read_log(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_a_run_is_not_overwritten(first_run, corpus):
-    message = exit_code(train.main, *corpus.flags, '--run_dir', first_run.folder)
+def test_a_run_is_not_overwritten(first_run):
+    """And that is said before data is read."""
+    message = exit_code(train.main, '--train_data=missing.tsv', '--run_dir', first_run.folder)
     assert 'is not empty' in message
 
 
@@ -3311,7 +3385,7 @@ def test_data_that_changed_is_named(stopped, corpus, monkeypatch):
 
     monkeypatch.setattr(data, 'read_corpus', shorter)
     message = exit_code(train.main, '--resume', stopped)
-    assert 'the utterances for valid are no longer those of the run' in message
+    assert 'valid are no longer those of the run' in message
 
 
 def test_a_run_stopped_in_its_first_epoch_begins_anew(corpus, tmp_path, monkeypatch):
@@ -3352,12 +3426,24 @@ def test_settings_that_changed_are_named(change, complaint, stopped):
     assert complaint in exit_code(train.main, '--resume', stopped)
 
 
+def test_a_text_of_the_character_model_that_changed_is_named(corpus, tmp_path, monkeypatch):
+    text = tmp_path / 'book.txt'
+    text.write_text('go left\n')
+    with monkeypatch.context() as context:
+        stop_after(1, context)
+        exit_code(train.main, *corpus.flags, '--epochs=2', *SMALL, '--lm_text', text, '--run_dir',
+                  tmp_path / 'run')
+    text.write_text('go right\n')
+    message = exit_code(train.main, '--resume', tmp_path / 'run')
+    assert 'of --lm_text are no longer those of the run' in message
+
+
 def test_recordings_that_changed_are_named(stopped, corpus, monkeypatch):
     """The same number of samples, other ones."""
     read = Path.read_bytes
     monkeypatch.setattr(Path, 'read_bytes', lambda path: read(path)[::-1])
     message = exit_code(train.main, '--resume', stopped)
-    assert 'the utterances for train are no longer those of the run' in message
+    assert 'train are no longer those of the run' in message
 
 
 def test_weights_to_start_from_are_not_forgotten(first_run, corpus, tmp_path, monkeypatch):
@@ -3448,6 +3534,14 @@ def test_lost_updates_end_a_run(samples, first_lost, complaint, corpus, tmp_path
     assert complaint in message
     assert '.wav' in message
     assert 'lower --learning_rate' in message
+
+
+def test_weights_that_no_longer_give_a_loss_end_a_run(corpus, tmp_path):
+    """With one update an epoch, evaluation is the first to see them; nothing is saved."""
+    message = exit_code(train.main, *corpus.flags, '--valid_data=none', '--num_train_samples=4',
+                        '--learning_rate=1e10', *SMALL, '--run_dir', tmp_path / 'run')
+    assert 'training diverged in epoch 1: the train_eval_loss is ' in message
+    assert [path.name for path in (tmp_path / 'run').iterdir()] == ['config.json']
 
 
 # ---- train: weights of another run ---------------------------------------------------------------

@@ -154,8 +154,11 @@ def add_data_flags(add: Callable) -> None:
              'built-in corpus with its own validation and test, spoken into the folder corpus/')
     add('--valid_data',
         help='validation corpus, which selects best.pt; unset: a tenth of the training data, other '
-             'speakers if ten are known; none: train on everything, keep the last checkpoint')
-    add('--test_data', help='corpus scored once, at the end; unset or none: no test')
+             'speakers if all are known, and ten or more; none: train on everything, keep the last '
+             'checkpoint')
+    add('--test_data',
+        help="corpus scored once, at the end; unset: none, or the built-in corpus's own; none: no "
+             'test')
     add('--skip_bad', action=SWITCH, default=False,
         help='leave out utterances that cannot be used, which else end the run: before it starts, '
              f'or, of more than {CHECK_UP_TO:,} utterances, when they are met')
@@ -261,6 +264,8 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise data.DataError(f'flags: --evaluate does not train, so --{min(useless)} has no '
                              'effect; remove it')
     undo_fixes(args, given)
+    if args.run_dir:
+        refuse_used(Path(args.run_dir))  # before the data is read, which may take minutes
     return args
 
 
@@ -550,28 +555,6 @@ def plateaus(utterances: Sequence[data.Utterance], alphabet: Sequence[str],
     return lines
 
 
-def data_fingerprint(splits: data.Splits) -> dict[str, str]:
-    """{split: digest of its utterances}, by which --resume detects that data has changed.
-
-    Of corpora whose files are not decoded beforehand, by their sizes, not their contents.
-    """
-    sides = {'train': splits.train, 'valid': splits.valid, 'test': splits.test}
-    few = sum(map(len, sides.values())) <= CHECK_UP_TO
-    contents = {}  # of files, which may hold many utterances
-    digests = {}
-    for split, utterances in sides.items():
-        digest = hashlib.sha256()
-        for u in utterances:
-            name = '/'.join(u.path.parts[-2:])
-            if u.path not in contents:
-                contents[u.path] = (zlib.crc32(u.path.read_bytes()) if few
-                                    else os.path.getsize(u.path))
-            content = contents[u.path]
-            digest.update(f'{name} {u.offset} {u.duration} {content} {u.text}\n'.encode())
-        digests[split] = digest.hexdigest()
-    return digests
-
-
 @dataclass
 class Task:
     """What a run is to learn, and with what."""
@@ -731,6 +714,14 @@ def lock(folder: Path, held: contextlib.ExitStack) -> None:
                              'name another --run_dir') from None
 
 
+def refuse_used(folder: Path) -> None:
+    """Raise DataError where a new run's folder holds something, OSError where it cannot be read."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    if any(not path.name.startswith('unfinished.') for path in files):
+        advice = f', or --resume {folder}' if (folder / 'config.json').exists() else ''
+        raise data.DataError(f'--run_dir {folder}: is not empty; name another folder{advice}')
+
+
 def make_folder(run_dir: str | None, held: contextlib.ExitStack) -> Path:
     """A locked folder for a new run: by default, named by the time and a free number.
 
@@ -744,9 +735,7 @@ def make_folder(run_dir: str | None, held: contextlib.ExitStack) -> Path:
             raise data.DataError(f'--run_dir {run_dir}: cannot be made ({error.strerror}); name '
                                  'another folder') from None
         lock(folder, held)
-        if any(not path.name.startswith('unfinished.') for path in folder.iterdir()):
-            advice = f', or --resume {folder}' if (folder / 'config.json').exists() else ''
-            raise data.DataError(f'--run_dir {folder}: is not empty; name another folder{advice}')
+        refuse_used(folder)
         return folder
     name = time.strftime('runs/%Y%m%d-%H%M%S')
     Path(name).parent.mkdir(exist_ok=True)
@@ -760,22 +749,48 @@ def make_folder(run_dir: str | None, held: contextlib.ExitStack) -> Path:
         return folder
 
 
+def data_fingerprint(task: Task) -> dict[str, str]:
+    """{split, or flag: digest of its data}, by which --resume detects that data has changed.
+
+    Of more than CHECK_UP_TO utterances, by the sizes of their files, not their contents.
+    """
+    splits = task.splits
+    sides = {'train': splits.train, 'valid': splits.valid, 'test': splits.test}
+    few = sum(map(len, sides.values())) <= CHECK_UP_TO
+    contents = {}  # of files, which may hold many utterances
+    digests = {}
+    for split, utterances in sides.items():
+        digest = hashlib.sha256()
+        for u in utterances:
+            name = '/'.join(u.path.parts[-2:])
+            if u.path not in contents:
+                contents[u.path] = (zlib.crc32(u.path.read_bytes()) if few
+                                    else os.path.getsize(u.path))
+            content = contents[u.path]
+            digest.update(f'{name} {u.offset} {u.duration} {content} {u.text}\n'.encode())
+        digests[split] = digest.hexdigest()
+    if task.args.lm_text:
+        digests['--lm_text'] = hashlib.sha256('\n'.join(task.lm_texts).encode()).hexdigest()
+    return digests
+
+
 def open_run(task: Task, held: contextlib.ExitStack) -> Path:
     """The run folder, with config.json; with --resume, after checking that the data is the same.
 
     Raises DataError.
     """
     args = task.args
-    fingerprint = data_fingerprint(task.splits)
+    fingerprint = data_fingerprint(task)
     if args.resume:
         folder = Path(args.resume)
         if args.ranks != task.ranks:
             raise data.DataError(f'--resume {folder}: the run has {args.ranks} processes, and not '
                                  f'{task.ranks}; start as many')
         for split, digest in fingerprint.items():
-            if args.data[split] != digest:
-                raise data.DataError(f'--resume {folder}: the utterances for {split} are no longer '
-                                     'those of the run; bring them back, or start a new run')
+            if args.data.get(split) != digest:
+                raise data.DataError(f'--resume {folder}: the texts or recordings of {split} are '
+                                     'no longer those of the run; bring them back, or start a new '
+                                     'run')
         if task.rank == 0:
             for part in folder.glob('unfinished.*'):
                 part.unlink()
@@ -964,9 +979,6 @@ def validate(task: Task, record: dict, before: dict | None) -> Evaluation | None
     record['train_eval_loss'] = task.evaluate(task.splits.train[:TRAIN_EVALUATED]).loss
     if task.splits.valid:
         evaluation = task.evaluate(task.splits.valid)
-        if not math.isfinite(evaluation.loss):
-            raise data.DataError(f'training diverged: the validation loss is {evaluation.loss}; '
-                                 'lower --learning_rate')
         record |= {'valid_loss': evaluation.loss,
                    'valid_plateau_fraction': monitor.plateau_fraction(evaluation.loss,
                                                                       task.valid_plateaus),
@@ -974,6 +986,10 @@ def validate(task: Task, record: dict, before: dict | None) -> Evaluation | None
                    'valid_dependence_share': evaluation.outputs['dependence_share'],
                    'deletions': evaluation.rates['deletions'] / evaluation.rates['words'],
                    'wer': evaluation.rates['wer'], 'cer': evaluation.rates['cer']}
+    for loss in 'train_eval_loss', 'valid_loss':
+        if not math.isfinite(record.get(loss, 0)):
+            raise data.DataError(f'training diverged in epoch {record["epoch"]}: the {loss} is '
+                                 f'{record[loss]}; lower --learning_rate')
     _, constant = task.valid_plateaus or task.plateaus
     record['phase'] = monitor.name_phase(record, constant, before)
     record['warnings'] = monitor.diagnose(record)
@@ -1284,7 +1300,9 @@ def peak_memory() -> int | None:
 def benchmark(network: model.Recogniser, speech: data.Speech, args: argparse.Namespace) -> dict:
     """Print the seconds of audio that pass in a second, at the settings of args, on 40 batches."""
     batches = data.training_batches(speech, args.batch_size, epoch=0)[:40]
-    utterances = [speech.utterances[i] for batch in batches for _, i in batch]
+    items = [item for batch in batches for item in batch]
+    utterances = [speech.utterances[i] for _, i in items]
+    trained = [u for item in items for u in speech.parts(*item)]  # with --concat more
     optimizer, schedule = make_optimizer(network, args, 4 * len(batches))
     gradients = monitor.Gradients(network, PARTS)
     outputs = monitor.Outputs(len(speech.alphabet), letters=1)
@@ -1304,22 +1322,23 @@ def benchmark(network: model.Recogniser, speech: data.Speech, args: argparse.Nam
             log_probs, lengths = network(batch.mels.to(args.device), batch.lengths.to(args.device))
             model.greedy_decode(log_probs, lengths)
 
-    def rate(work):
+    def rate(work, said):
         for _ in range(2):  # the first time is slower: new shapes, cold files
             start = time.perf_counter()
             work()
             seconds = time.perf_counter() - start
-        return round(sum(u.duration for u in utterances) / seconds, 1)
+        return round(sum(u.duration for u in said) / seconds, 1)
 
     ready = list(load())
     padded = sum(batch.mels.shape[0] * batch.mels.shape[2] for batch in ready)
     frames = sum(int(batch.lengths.sum()) for batch in ready)
     result = {
-        'features': rate(lambda: list(load())),
-        'features and update': rate(lambda: train(load())),
-        'update': rate(lambda: train(ready)),
-        'inference, batch 1': rate(lambda: transcribe(1)),
-        f'inference, batch {EVALUATION_BATCH}': rate(lambda: transcribe(EVALUATION_BATCH)),
+        'features': rate(lambda: list(load()), trained),
+        'features and update': rate(lambda: train(load()), trained),
+        'update': rate(lambda: train(ready), trained),
+        'inference, batch 1': rate(lambda: transcribe(1), utterances),
+        f'inference, batch {EVALUATION_BATCH}': rate(lambda: transcribe(EVALUATION_BATCH),
+                                                     utterances),
         'threads': torch.get_num_threads(),
         'padding in training, %': round(100 - 100 * frames / padded, 1),
         'peak memory, MB': peak_memory(),
