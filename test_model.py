@@ -2817,14 +2817,14 @@ def png_size(path):
     return int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
 
 
-def test_runs_and_clips_are_drawn(first_run, tmp_path, capsys):
+def test_runs_and_clips_are_drawn(first_run, by_heart, tmp_path, capsys):
     pytest.importorskip('matplotlib')
     one, two, clip = [tmp_path / f'{name}.png' for name in ('one', 'two', 'clip')]
     assert exit_code(monitor.main, first_run.folder, '--plot', one) is False
     assert exit_code(monitor.main, first_run.folder, first_run.folder, '--plot', two) is False
     assert 'of 2 runs' in capsys.readouterr().out
-    checkpoint = first_run.folder / 'best.pt'
-    assert exit_code(model.main, checkpoint, first_run.folder / 'clip.wav', '--plot', clip) is False
+    heard = by_heart.folder / 'clip.wav'
+    assert exit_code(model.main, by_heart.checkpoint, heard, '--plot', clip) is False
     for picture in one, two, clip:
         assert png_size(picture)[0] == 1200
 
