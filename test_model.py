@@ -3345,7 +3345,8 @@ def start_training(*flags, **options):
     """python train.py ... in a process of its own, with one thread."""
     return subprocess.Popen([sys.executable, train.__file__, *map(str, flags)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {'OMP_NUM_THREADS': '1'}, **options)
+                            env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'},
+                            **options)
 
 
 @pytest.fixture(scope='session')
@@ -3361,7 +3362,11 @@ def uninterrupted(corpus, tmp_path_factory):
 
 
 def kill_at(process, folder, kill_signal, rng, seconds):
-    """End a run: half of the times at a random moment, else while it writes a file."""
+    """End a run: half of the times at a random moment, else while it writes a file.
+
+    Not before its first words: Ctrl-C while Python imports is Python's own to answer.
+    """
+    process.stdout.readline()
     while process.poll() is None and not (folder / 'config.json').exists():
         time.sleep(0.01)
     if rng.random() < 0.5:
