@@ -1133,6 +1133,7 @@ def finish(task: Task, folder: Path, state: RunState) -> dict:
 
 # ---- a run ---------------------------------------------------------------------------------------
 
+@functools.cache  # of a process, whose runs need not measure it again
 def fastest_threads() -> int:
     """As many threads as the CPU has cores, or one where that is faster, by trying both.
 
