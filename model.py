@@ -853,10 +853,9 @@ def plot_clip(transcript: Transcript, checkpoint: Checkpoint, path: str) -> None
     for emission in collapse(path_symbols):
         name = checkpoint.alphabet[emission.symbol].replace(' ', '_')
         middle = (times[emission.first] + times[emission.last]) / 2
-        below.text(middle, 1.03, name, ha='center', parse_math=False)  # a $ is a $
+        below.text(middle, 1.03, name, ha='center')
     for word in words:
-        above.text((word.start + word.end) / 2, mels.shape[1] + 2, word.text, ha='center',
-                   parse_math=False)
+        above.text((word.start + word.end) / 2, mels.shape[1] + 2, word.text, ha='center')
         above.axvspan(word.start, word.end, ymin=0.97, color='white')
     below.set_ylim(0, 1.15)
     below.set_ylabel('probability')

@@ -1111,7 +1111,8 @@ def load_pyplot():
     from matplotlib import pyplot
     pyplot.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
                             'axes.prop_cycle': pyplot.cycler(color=COLOURS),
-                            'legend.frameon': False})
+                            'legend.frameon': False,
+                            'text.parse_math': False})  # a $ in a text or a name is a $
     return pyplot
 
 
@@ -1136,8 +1137,8 @@ def logarithmic(axes) -> None:
 
 
 def short_name(run: Run) -> str:
-    """A run's name in a picture, where a dollar sign would begin a formula."""
-    return Path(run.name).resolve().name.replace('$', r'\$')
+    """A run's name in a picture."""
+    return Path(run.name).resolve().name
 
 
 def plot_losses(axes, runs: Sequence[Run]) -> None:
@@ -1211,13 +1212,13 @@ def plot_words(axes, runs: Sequence[Run]) -> None:
         return
     longest = max(sorted(shared), key=lambda sentence: len(sentence[1]))
     lines = [('one sentence, said', longest[1])]
-    lines += [(f'heard, {Path(run.name).resolve().name}', heard[longest] or '(nothing)')
+    lines += [(f'heard, {short_name(run)}', heard[longest] or '(nothing)')
               for run, heard in zip(runs, texts)]
     width = max(len(name) for name, _ in lines)
     colours = itertools.chain(['black'], itertools.cycle(COLOURS))
     for row, ((name, text), colour) in enumerate(zip(lines, colours)):
         axes.text(0, 1 - row / len(lines), f'{name:>{width}}: {text[:100]}', color=colour,
-                  family='monospace', va='top', parse_math=False)
+                  family='monospace', va='top')
 
 
 def plot_runs(runs: Sequence[Run], path: str) -> None:

@@ -3482,7 +3482,7 @@ def test_data_that_changed_is_named(stopped, corpus, monkeypatch):
 
     monkeypatch.setattr(data, 'read_corpus', shorter)
     message = exit_code(train.main, '--resume', stopped)
-    assert 'valid are no longer those of the run' in message
+    assert 'the texts or recordings of valid are no longer those of the run' in message
 
 
 def test_a_run_stopped_in_its_first_epoch_begins_anew(corpus, tmp_path, monkeypatch):
@@ -3532,7 +3532,7 @@ def test_a_text_of_the_character_model_that_changed_is_named(corpus, tmp_path, m
                   tmp_path / 'run')
     text.write_text('go right\n')
     message = exit_code(train.main, '--resume', tmp_path / 'run')
-    assert 'of --lm_text are no longer those of the run' in message
+    assert 'the texts or recordings of --lm_text are no longer those of the run' in message
 
 
 def test_recordings_that_changed_are_named(stopped, corpus, monkeypatch):
@@ -3540,7 +3540,7 @@ def test_recordings_that_changed_are_named(stopped, corpus, monkeypatch):
     read = Path.read_bytes
     monkeypatch.setattr(Path, 'read_bytes', lambda path: read(path)[::-1])
     message = exit_code(train.main, '--resume', stopped)
-    assert 'train are no longer those of the run' in message
+    assert 'the texts or recordings of train are no longer those of the run' in message
 
 
 def test_weights_to_start_from_are_not_forgotten(first_run, corpus, tmp_path, monkeypatch):
