@@ -634,13 +634,21 @@ def evaluation_batches(utterances: Sequence[Utterance],
     return batches
 
 
+def init_worker(number: int = 0) -> None:
+    """Prepare a process that loads or speaks: one thread, for those of several would wait for each
+    other; Ctrl-C, which a terminal sends to all processes of a program, is left to the first."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def loader(speech: Speech, batches: Iterable[list[tuple[int, int]]],
            workers: int = 0) -> torch.utils.data.DataLoader:
     """The batches as Batch, in the order given, whatever the number of worker processes."""
     # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with
     # workers than without.
     return torch.utils.data.DataLoader(speech, batch_sampler=batches, collate_fn=collate,
-                                       num_workers=workers, generator=torch.Generator())
+                                       num_workers=workers, generator=torch.Generator(),
+                                       worker_init_fn=init_worker)
 
 
 # ---- corpora -------------------------------------------------------------------------------------
@@ -1328,13 +1336,6 @@ def write_utterance(u: BuiltinUtterance, folder: Path) -> str:
     soundfile.write(folder / u.file, wave, SAMPLE_RATE)
     return json.dumps({'audio_filepath': u.file, 'text': u.text,
                        'duration': len(wave) / SAMPLE_RATE, 'speaker': f'{u.speaker}'})
-
-
-def init_worker() -> None:
-    """Prepare a process that speaks: one thread, for those of several processes would wait for each
-    other; Ctrl-C is left to its parent."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def speak_corpus(folder: Path) -> None:

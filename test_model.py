@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -3663,6 +3664,36 @@ def test_a_broken_recording_that_training_meets_is_a_line(workers, tmp_path, mon
                         f'--workers={workers}', *SMALL, '--run_dir', tmp_path / 'run')
     assert message.startswith(f'train.py: {tmp_path / "2.wav"}: is cut off')
     assert message.count('\n') == 0
+    assert multiprocessing.active_children() == []
+
+
+def send_to_loaders(number, monkeypatch):
+    """Have each process that loads recordings get this signal at its first."""
+    trained = data.Speech.__getitem__
+    first = os.getpid()
+
+    def signalled(speech, key):
+        if os.getpid() != first:
+            os.kill(os.getpid(), number)
+        return trained(speech, key)
+
+    monkeypatch.setattr(data.Speech, '__getitem__', signalled)
+
+
+def test_a_killed_loader_is_a_line(corpus, tmp_path, monkeypatch):
+    """As the system kills it where memory is short."""
+    send_to_loaders(signal.SIGKILL, monkeypatch)
+    message = exit_code(train.main, *corpus.flags, '--workers=1', *SMALL, '--run_dir', tmp_path)
+    assert message.startswith('train.py: a process that loads recordings has ended')
+    assert message.endswith(f'with --workers 0; to go on: python train.py --resume {tmp_path}')
+    assert message.count('\n') == 0
+
+
+def test_loaders_leave_the_interrupt_to_the_run(corpus, tmp_path, monkeypatch):
+    """Of Ctrl-C, which a terminal sends to all of them, the run makes its line."""
+    send_to_loaders(signal.SIGINT, monkeypatch)
+    results = train_run(tmp_path, *corpus.flags, '--workers=1', '--epochs=1', *SMALL)
+    assert results['updates'] == 3
 
 
 def test_weights_that_no_longer_give_a_loss_end_a_run(corpus, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -1388,9 +1389,16 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     except data.DataError as error:
         if rank and args is None:
             sys.exit(1)  # the same flags, the same message
-        # From a loader process the error comes with that process's traceback before it.
+        # The loader's processes end with it, which is in the frames; at exit they take five seconds.
+        traceback.clear_frames(error.__traceback__)
+        # From one of them the error comes with that process's traceback before it.
         sys.exit('train.py: ' + str(error).rpartition('data.DataError: ')[2].strip())
     except RuntimeError as error:
+        if 'DataLoader worker' in str(error):
+            traceback.clear_frames(error.__traceback__)
+            reason = str(error).splitlines()[0].rstrip('. ')
+            sys.exit(f'train.py: a process that loads recordings has ended ({reason}); where that '
+                     f'happens again, load without them, with --workers 0; {how_to_go_on(args)}')
         if ranks == 1:
             raise
         sys.exit(f'train.py: another process of this run has ended ({str(error).splitlines()[0]}); '
