@@ -210,7 +210,8 @@ def by_heart(tmp_path_factory):
     manifest.write_text('\n'.join(rows))
     run = folder / 'run'
     train_run(run, '--train_data', str(manifest), '--valid_data=none', '--overfit=2',
-              '--batch_size=2', '--blocks=3', '--frames_per_output=4', '--hidden=128')
+              '--batch_size=2', '--blocks=3', '--frames_per_output=4', '--hidden=64',
+              '--learning_rate=1e-3')
     wave, _ = data.synthesise(texts[0], 0)
     return ByHeart(run, run / 'best.pt', texts[0], torch.tensor(wave))
 
@@ -2970,7 +2971,7 @@ def test_two_samples_are_learnt():
     network = make_network(vocab_size=len(alphabet))
     outputs = network.output_lengths(batch.lengths)
     uniform, _ = monitor.plateau_lines(targets, outputs, len(alphabet))
-    losses = learn_by_heart(network, batch, updates=60)
+    losses = learn_by_heart(network, batch, updates=45)
     network.eval()
     with torch.no_grad():
         log_probs, n = network(batch.mels, batch.lengths)
@@ -3352,17 +3353,13 @@ def start_training(*flags, **options):
 
 @pytest.fixture(scope='session')
 def uninterrupted(corpus, tmp_path_factory):
-    """A run of its own process that nobody ends -> (its flags, its outcome, its seconds)."""
+    """A run that nobody ends, while the others are killed -> (its flags, its folder, its process)."""
     folder = tmp_path_factory.mktemp('whole') / 'run'
     flags = [*corpus.flags, '--test_data', corpus.valid, *SURVIVOR]
-    start = time.monotonic()
-    process = start_training(*flags, '--run_dir', folder)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    return flags, outcome(folder), time.monotonic() - start
+    return flags, folder, start_training(*flags, '--run_dir', folder)
 
 
-def kill_at(process, folder, kill_signal, rng, seconds):
+def kill_at(process, folder, kill_signal, rng):
     """End a run: half of the times at a random moment, else while it writes a file.
 
     Not before its first words: Ctrl-C while Python imports is Python's own to answer.
@@ -3371,7 +3368,7 @@ def kill_at(process, folder, kill_signal, rng, seconds):
     while process.poll() is None and not (folder / 'config.json').exists():
         time.sleep(0.01)
     if rng.random() < 0.5:
-        time.sleep(rng.uniform(0, seconds / 2))
+        time.sleep(rng.uniform(0, 2))
     else:
         files = rng.randint(1, 10)
         written = set()
@@ -3386,15 +3383,17 @@ def kill_at(process, folder, kill_signal, rng, seconds):
 
 def survive(uninterrupted, folder, kill_signal, rng, kills):
     """Kill a run this often and let it finish; it must leave what the uninterrupted one leaves."""
-    flags, expected, seconds = uninterrupted
+    flags, whole, whole_process = uninterrupted
     command = [*flags, '--run_dir', folder]
     for _ in range(kills):
-        err = kill_at(start_training(*command), folder, kill_signal, rng, seconds)
+        err = kill_at(start_training(*command), folder, kill_signal, rng)
         assert err.count('\n') <= 1, err
         command = ['--resume', folder]
     process = start_training(*command)
     _, err = process.communicate()
     assert process.returncode == 0, err
+    assert whole_process.wait() == 0, whole_process.stderr.read()
+    expected = outcome(whole)
     for key, value in outcome(folder).items():
         assert value == expected[key], key
 
