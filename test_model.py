@@ -3353,7 +3353,7 @@ def start_training(*flags, **options):
 
 @pytest.fixture(scope='session')
 def uninterrupted(corpus, tmp_path_factory):
-    """A run that nobody ends, while the others are killed -> (its flags, its folder, its process)."""
+    """A run that nobody ends, while others are killed -> (its flags, its folder, its process)."""
     folder = tmp_path_factory.mktemp('whole') / 'run'
     flags = [*corpus.flags, '--test_data', corpus.valid, *SURVIVOR]
     return flags, folder, start_training(*flags, '--run_dir', folder)

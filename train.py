@@ -1389,7 +1389,7 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
     except data.DataError as error:
         if rank and args is None:
             sys.exit(1)  # the same flags, the same message
-        # The loader's processes end with it, which is in the frames; at exit they take five seconds.
+        # The frames hold the loader, whose processes end with it at once, but slowly at exit.
         traceback.clear_frames(error.__traceback__)
         # From one of them the error comes with that process's traceback before it.
         sys.exit('train.py: ' + str(error).rpartition('data.DataError: ')[2].strip())
