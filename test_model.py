@@ -1893,7 +1893,7 @@ def test_fuzzed_manifests_are_read_or_named_row_by_row(tmp_path):
 
 # ---- data: inspection ----------------------------------------------------------------------------
 
-UNUSABLE = ['short.wav', 'empty.wav', 'cut.flac', 'gone.wav']
+UNUSABLE = ['short.wav', 'empty.mp3', 'cut.flac', 'gone.wav']
 PROBLEMS = {
     'clipped.wav': 'clipped, the peaks are flat',
     'silent.wav': 'near-silent, nowhere above',
@@ -1918,7 +1918,7 @@ def broken(tmp_path):
     click[3000] = 0.9
     soundfile.write(folder / 'click.wav', click, 16000)
     soundfile.write(folder / 'short.wav', loud[:100], 16000)
-    (folder / 'empty.wav').write_bytes(b'')
+    (folder / 'empty.mp3').write_bytes(b'')
     soundfile.write(folder / 'cut.flac', loud, 16000)
     whole = (folder / 'cut.flac').read_bytes()
     (folder / 'cut.flac').write_bytes(whole[:-3000])
