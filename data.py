@@ -170,6 +170,8 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
     DataError."""
     source = path
     if is_standard_input(path):
+        if sys.stdin is None:
+            raise DataError(f'{path}: standard input is closed; pipe a recording into it')
         source = io.BytesIO(sys.stdin.buffer.read())
     elif not os.path.isfile(path):
         reason = 'is not a regular file' if os.path.lexists(path) else 'no such file'
@@ -181,7 +183,8 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
                 raise DataError(f'{path}: {fault}')
             yield file
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError, MemoryError) as error:
-        reason = ' '.join(str(error).split())[-200:] or type(error).__name__
+        reason = getattr(error, 'error_string', str(error))  # of libsndfile, without its source
+        reason = ' '.join(reason.split())[-200:] or type(error).__name__
         raise DataError(f'{path}: cannot be read as audio ({reason}); '
                         'repair, convert or remove it') from None
 
@@ -262,6 +265,7 @@ def read_audio(path: str | Path, offset: float = 0.0,
     wave = np.concatenate(blocks)
     if not len(wave):
         part = f' from {offset:.2f} s on' if offset else ''
+        part += f' for {duration:g} s' if duration is not None else ''
         raise DataError(f'{path}: holds no samples{part}; remove it')
     return torch.from_numpy(wave), rate
 
@@ -636,19 +640,33 @@ def evaluation_batches(utterances: Sequence[Utterance],
 
 def init_worker(number: int = 0) -> None:
     """Prepare a process that loads or speaks: one thread, for those of several would wait for each
-    other; Ctrl-C, which a terminal sends to all processes of a program, is left to the first."""
+    other; of Ctrl-C and SIGTERM, which may reach all processes of a program, the first speaks."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
-def loader(speech: Speech, batches: Iterable[list[tuple[int, int]]],
-           workers: int = 0) -> torch.utils.data.DataLoader:
+def collate_arrays(items: Sequence[tuple[Tensor, Tensor, int]]) -> Batch:
+    """collate, but with NumPy arrays."""
+    *tensors, indices = collate(items)
+    return Batch(*[tensor.numpy() for tensor in tensors], indices)
+
+
+class Loader(torch.utils.data.DataLoader):
+    """Gets arrays from its processes and makes tensors of them here: tensors would come through
+    shared memory, and where that is full, as it soon is in a container, be waited for for ever."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for *arrays, indices in super().__iter__():
+            yield Batch(*map(torch.from_numpy, arrays), indices)
+
+
+def loader(speech: Speech, batches: Iterable[list[tuple[int, int]]], workers: int = 0) -> Loader:
     """The batches as Batch, in the order given, whatever the number of worker processes."""
     # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with
     # workers than without.
-    return torch.utils.data.DataLoader(speech, batch_sampler=batches, collate_fn=collate,
-                                       num_workers=workers, generator=torch.Generator(),
-                                       worker_init_fn=init_worker)
+    return Loader(speech, batch_sampler=batches, collate_fn=collate_arrays, num_workers=workers,
+                  generator=torch.Generator(), worker_init_fn=init_worker)
 
 
 # ---- corpora -------------------------------------------------------------------------------------
@@ -908,7 +926,11 @@ def parse_row(row: dict | DataError, folder: Path, where: str) -> Utterance:
     duration = number_of(fields, 'duration')
     if duration is None:
         with open_audio(audio) as file:
-            duration = file.frames / file.samplerate - (offset or 0)
+            end = file.frames / file.samplerate
+        if offset is not None and offset >= end:
+            raise DataError(f'{audio}: its offset is {offset} s, and it ends at {end:g} s; '
+                            'correct it')
+        duration = end - (offset or 0)
     if not 0 < duration < LONGEST:
         raise DataError(f'{audio}: its duration is {duration} s; '
                         'it needs more than 0 and less than an hour')
@@ -1361,7 +1383,8 @@ def builtin_corpus(folder: str | Path = 'corpus') -> dict[str, str]:
     """Speak the built-in corpus into a folder, once -> {'train': manifest, 'valid': ..., 'test':
     ...}.
 
-    No speaker is in two of them. Raises OSError where the folder cannot be made.
+    No speaker is in two of them. Raises OSError where the folder cannot be made, DataError where it
+    holds something else.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -1376,7 +1399,12 @@ def builtin_corpus(folder: str | Path = 'corpus') -> dict[str, str]:
                 unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    return {split: str(folder / f'{split}.jsonl') for split in BUILTIN}
+    paths = {split: str(folder / f'{split}.jsonl') for split in BUILTIN}
+    for path in paths.values():
+        if not os.path.isfile(path):
+            raise DataError(f'{path}: is missing, so {folder} is not the built-in corpus; rename '
+                            'or delete that folder, and it will be spoken anew')
+    return paths
 
 
 # ---- python data.py ------------------------------------------------------------------------------
@@ -1414,7 +1442,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                                              'as with train.py')
     parser.add_argument('--say', metavar='TEXT',
                         help=f'speak words into the file PATH, any of: {" ".join(WORDS)}')
-    parser.add_argument('--speaker', type=int, default=0, help='with --say: whose voice, 0 or more')
+    parser.add_argument('--speaker', type=int,
+                        help='with --say: whose voice, 0 or more; unset: 0')
     args = parser.parse_args(argv)
     import monitor
     try:
@@ -1426,12 +1455,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def say_or_inspect(args: argparse.Namespace) -> None:
     """What the flags ask for. Raises DataError, OSError."""
+    is_audio = Path(args.path).suffix.lower() in SUFFIXES
+    if args.valid_data is not None and (args.say is not None or is_audio):
+        raise DataError('flags: --valid_data is for a corpus; remove it')
+    if args.speaker is not None and args.say is None:
+        raise DataError('flags: --speaker is for --say; remove it, or give both')
     if args.say is not None:
-        wave, spans = synthesise(normalise_text(args.say), args.speaker)
+        wave, spans = synthesise(normalise_text(args.say), args.speaker or 0)
         save_wave(wave, args.path)
         for word, start, end in spans:
             print(f'{start:6.2f} {end:6.2f}  {word}')
-    elif Path(args.path).suffix.lower() in SUFFIXES:
+    elif is_audio:
         wave, rate = read_audio(args.path)
         print(f'{args.path}: {len(wave) / rate:.2f} s at {rate} Hz',
               *recording_problems(wave, rate), sep='\n')

@@ -955,7 +955,8 @@ def transcribe_clips(args: argparse.Namespace) -> bool:
         fault = None
         try:
             wave = data.read_wave(clip)
-            transcript = transcribe(checkpoint, wave, decoding, bool(args.times or args.plot))
+            transcript = transcribe(checkpoint, wave, decoding,
+                                    times=args.times or args.plot is not None)
         except data.DataError as error:
             fault = error
         except ValueError as error:  # of align
@@ -969,7 +970,7 @@ def transcribe_clips(args: argparse.Namespace) -> bool:
         if args.times:
             for word in transcript.words:
                 print(f'{word.start:6.2f} {word.end:6.2f}  {word.confidence:.2f}  {word.text}')
-        if args.plot:
+        if args.plot is not None:
             try:
                 plot_clip(transcript, checkpoint, args.plot)
             except monitor.RunError as error:

@@ -660,20 +660,29 @@ def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_
     first, then symbols, normalisation and lengths. Where all these are right, it is judged what the
     outputs have learnt, and [] means that the network has begun to; untrained: that is left out.
     """
-    try:
-        log_probs = torch.as_tensor(log_probs).detach().cpu().float()
-        targets = torch.as_tensor(targets).cpu()
-        lengths = [torch.as_tensor(x).cpu().reshape(-1) for x in (input_lengths, target_lengths)]
-    except (TypeError, ValueError, RuntimeError) as error:
-        return [f'the arguments are not tensors ({error}); give those of F.ctc_loss']
-    if any(x.is_floating_point() for x in (targets, *lengths)):
-        return ['targets or lengths are not whole numbers; where lengths are shares of the '
-                'longest, multiply them by its number of outputs, and round']
-    input_lengths, target_lengths = lengths
+    given = {'log_probs': log_probs, 'targets': targets, 'input_lengths': input_lengths,
+             'target_lengths': target_lengths}
+    tensors = []
+    for name, value in given.items():
+        try:
+            tensor = torch.as_tensor(value).detach().cpu()
+            plain = tensor.layout == torch.strided and not tensor.is_nested
+            whole = not (tensor.is_floating_point() or tensor.is_complex()
+                         or tensor.dtype == torch.bool)
+        except (TypeError, ValueError, RuntimeError) as error:
+            return [f'{name} cannot be a tensor ({error}); give that of F.ctc_loss']
+        if not plain or (name == 'log_probs' and not tensor.is_floating_point()):
+            return [f'{name} is not a dense tensor of real numbers; give that of F.ctc_loss']
+        if name != 'log_probs' and not whole:
+            return [f'{name} are not whole numbers; where lengths are shares of the longest, '
+                    'multiply them by its number of outputs, and round']
+        tensors.append(tensor)
+    log_probs, targets = tensors[0].float(), tensors[1].long()
+    input_lengths, target_lengths = [tensor.long().reshape(-1) for tensor in tensors[2:]]
     shape_fault = wrong_shape(log_probs, targets, input_lengths, target_lengths)
     if shape_fault:
         return [shape_fault]
-    if not 0 <= blank < log_probs.shape[2]:
+    if not isinstance(blank, int) or not 0 <= blank < log_probs.shape[2]:
         return [f'blank is {blank}, and the symbols are 0 to {log_probs.shape[2] - 1}; give the '
                 'one that the head has for it']
     texts = split_targets(targets, target_lengths)
@@ -931,7 +940,7 @@ def read_run(folder: str | Path) -> Run:
             sentences = read_sentences(folder / f'{split}.tsv')
         return Run(str(folder), config, log, results, split, sentences)
     except (OSError, ValueError) as error:
-        raise RunError(f'{folder}: holds no whole run of train.py ({error!r}); name a run '
+        raise RunError(f'{folder}: holds no whole run of train.py ({error}); name a run '
                        'folder') from None
 
 
@@ -1223,6 +1232,10 @@ def plot_words(axes, runs: Sequence[Run]) -> None:
 
 def plot_runs(runs: Sequence[Run], path: str) -> None:
     """Draw runs on the same axes: losses, phases, WER, gradient norms. Raises RunError."""
+    for run in runs:
+        if not run.log:
+            raise RunError(f'--plot: {run.name} has no epochs to draw, for nothing was trained '
+                           'there; leave it out')
     pyplot = load_pyplot()
     bars = 0.2 * len(runs)
     figure, axes = pyplot.subplot_mosaic(
@@ -1280,25 +1293,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 def report(args: argparse.Namespace) -> bool:
     """Print what the flags ask for -> whether a run could not be read."""
     runs = []
-    for folder in args.run:
+    folders = {os.path.realpath(folder): folder for folder in args.run}  # each once
+    for folder in folders.values():
         try:
             runs.append(read_run(folder))
         except RunError as error:
             print(f'monitor.py: {error}', file=sys.stderr)
     try:
+        if args.plot is not None and not args.run:
+            raise RunError('--plot draws runs; name one')
         if args.lines:
             print_lines(*args.lines)
         if len(runs) > 1:
             print_comparison(runs)
         elif runs:
             print_run(runs[0])
-        if args.plot and runs:
+        if args.plot is not None and runs:
             plot_runs(runs, args.plot)
     except RunError as error:
         sys.exit(f'monitor.py: {error}')
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        sys.exit(f'monitor.py: a run lacks what train.py writes ({error!r}); read each run alone')
-    return len(runs) < len(args.run)
+        names = ' or '.join(run.name for run in runs)
+        sys.exit(f'monitor.py: {names} lacks what train.py writes ({error!r}); leave it out')
+    return len(runs) < len(folders)
 
 
 if __name__ == '__main__':

@@ -1283,7 +1283,7 @@ def test_masks_are_zero_and_leave_the_rest(mels_of):
     ('{"audio_filepath": "0.wav", "text": "a", "duration": NaN}', 'its duration is nan'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": "long"}', 'manifest.jsonl:2'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": true}', 'has True for its duration'),
-    ('{"audio_filepath": "manifest.jsonl", "text": "a"}', 'Error opening'),
+    ('{"audio_filepath": "manifest.jsonl", "text": "a"}', 'cannot be read as audio (Format'),
     ('[1]', 'manifest.jsonl:2: is not a JSON object'),
     ('{"audio_filepath": "0.wav", "text": "a", "duration": 5}', 'not 5.00 as its duration says'),
     ('{"audio_filepath": "0.wav", "text": "\\ud800"}', 'not UTF-8 text'),
@@ -1542,6 +1542,9 @@ def test_a_recording_is_read_from_standard_input(name, by_heart, monkeypatch, ca
         monkeypatch.setattr(sys, 'stdin', file)
         assert exit_code(model.main, by_heart.checkpoint, name) is False
     assert capsys.readouterr().out.strip() == by_heart.text
+    monkeypatch.setattr(sys, 'stdin', None)
+    assert exit_code(model.main, by_heart.checkpoint, name) is True
+    assert 'standard input is closed' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name,speaker', [('84-121123-0001', '84'), ('rec10', '')])
@@ -1619,6 +1622,9 @@ def test_a_segment_beyond_its_recording_is_a_fault(tmp_path):
     write_lines(tmp_path / 'm.jsonl', rows)
     utterances, faults = data.read_corpus(tmp_path / 'm.jsonl')
     assert 'its offset is -1.0 s' in faults[f'{tmp_path / "m.jsonl"}:3']
+    write_lines(tmp_path / 'n.jsonl', [json_row('u.wav', 'a', offset=2)])
+    _, unread = data.read_corpus(tmp_path / 'n.jsonl')
+    assert 'its offset is 2.0 s, and it ends at 0.5 s' in unread[f'{tmp_path / "n.jsonl"}:1']
     found = list(data.check_recordings(utterances, {}).values())
     assert 'lasts 0.15 s, not 0.30' in found[0]
     assert 'holds no samples from 2.00 s on' in found[1]
@@ -2582,6 +2588,12 @@ def test_nothing_is_found_in_a_healthy_network_of_others(kind):
         assert monitor.check_ctc(learnt_network(kind)(x), *rest) == []
 
 
+def test_whole_numbers_of_any_type_are_lengths():
+    x, (targets, *lengths) = toy_batch(1003)
+    unsigned = [targets.to(torch.uint8), *[n.to(torch.uint16) for n in lengths]]
+    assert monitor.check_ctc(learnt_network(SomebodysGRU)(x), *unsigned) == []
+
+
 @pytest.mark.parametrize('kind', NETWORKS_OF_OTHERS)
 @pytest.mark.parametrize('fault', CTC_FAULTS)
 def test_a_fault_in_a_network_of_others_is_named_and_no_other(kind, fault):
@@ -2612,8 +2624,13 @@ def test_the_plateaus_of_a_batch_are_named():
     ({'input_lengths': torch.full((8,), -3)}, 'lengths go down to -3 outputs'),
     ({'target_lengths': torch.full((8,), -1)}, 'and -1 labels'),
     ({'target_lengths': torch.zeros(8, dtype=torch.long)}, 'no utterance has a label'),
-    ({'targets': None}, 'the arguments are not tensors'),
+    ({'targets': None}, 'targets cannot be a tensor'),
+    ({'targets': torch.ones(8, 12, dtype=torch.bool)}, 'targets are not whole numbers'),
+    ({'input_lengths': torch.full((8,), 70j)}, 'input_lengths are not whole numbers'),
+    ({'log_probs': torch.zeros(70, 8, 6).to_sparse()}, 'log_probs is not a dense tensor'),
+    ({'log_probs': torch.zeros(70, 8, 6, dtype=torch.long)}, 'log_probs is not a dense tensor'),
     ({'blank': 6}, 'blank is 6, and the symbols are 0 to 5'),
+    ({'blank': None}, 'blank is None, and the symbols are 0 to 5'),
 ])
 def test_arguments_that_cannot_be_are_findings_too(change, words):
     _, rest = toy_batch(0)
@@ -2823,7 +2840,8 @@ def test_runs_and_clips_are_drawn(first_run, by_heart, tmp_path, capsys):
     pytest.importorskip('matplotlib')
     one, two, clip = [tmp_path / f'{name}.png' for name in ('one', 'two', 'clip')]
     assert exit_code(monitor.main, first_run.folder, '--plot', one) is False
-    assert exit_code(monitor.main, first_run.folder, first_run.folder, '--plot', two) is False
+    again = shutil.copytree(first_run.folder, tmp_path / 'again')
+    assert exit_code(monitor.main, first_run.folder, again, '--plot', two) is False
     assert 'of 2 runs' in capsys.readouterr().out
     heard = by_heart.folder / 'clip.wav'
     assert exit_code(model.main, by_heart.checkpoint, heard, '--plot', clip) is False
@@ -2842,6 +2860,31 @@ def test_a_picture_that_cannot_be_drawn_is_a_line(first_run, tmp_path, monkeypat
     assert 'needs matplotlib, which is not installed; install it with' in message
     message = exit_code(model.main, first_run.folder / 'best.pt', clip, '--plot', 'p.png')
     assert 'needs matplotlib' in message
+
+
+def test_only_runs_that_trained_are_drawn(tmp_path):
+    assert 'draws runs; name one' in exit_code(monitor.main, '--lines', 9, 4, 3, '--plot', 'p.png')
+    run = fake_run(tmp_path / 'scored', 0, 10.0)
+    (run / 'log.jsonl').unlink()
+    (run / 'config.json').unlink()
+    message = exit_code(monitor.main, run, '--plot', tmp_path / 'picture.png')
+    assert f'{run} has no epochs to draw' in message
+
+
+def test_a_run_named_twice_is_one(tmp_path, capsys):
+    run = fake_run(tmp_path / 'run', 0, 10.0)
+    assert exit_code(monitor.main, run, f'{run}/../run') is False
+    assert 'differ by their seed' not in capsys.readouterr().out
+
+
+def test_what_a_run_lacks_is_named(tmp_path, capsys):
+    run = fake_run(tmp_path / 'run', 0, 10.0)
+    (run / 'test.tsv').unlink()
+    assert exit_code(monitor.main, run) is True
+    assert 'test.tsv' in capsys.readouterr().err
+    write_lines(run / 'test.tsv', ['file'])
+    write_lines(run / 'log.jsonl', ['{"epoch": 1}'])
+    assert f'{run} lacks what train.py writes' in exit_code(monitor.main, run)
 
 
 # ---- monitor: planted faults ---------------------------------------------------------------------
@@ -3470,6 +3513,21 @@ def test_a_finished_run_says_so(stopped, capsys):
     train.main(['--resume', str(stopped)])
     train.main(['--resume', str(stopped)])
     assert 'is finished: nothing is left to do' in capsys.readouterr().out
+    (stopped / 'results.json').write_text('[]')
+    assert 'results.json: is damaged' in exit_code(train.main, '--resume', stopped)
+
+
+def test_a_run_is_resumed_where_its_paths_lead(tmp_path, monkeypatch):
+    """Those of its data are kept as they were typed."""
+    write_corpus(tmp_path / 'c', ['ab', 'ba'])
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as context:
+        stop_after(0, context)
+        exit_code(train.main, '--train_data=c/manifest.jsonl', '--valid_data=none', '--epochs=1',
+                  *SMALL, '--run_dir=run')
+    monkeypatch.chdir(tmp_path / 'c')
+    message = exit_code(train.main, '--resume=../run')
+    assert 'its --train_data c/manifest.jsonl is not found from here; go to the folder' in message
 
 
 def test_data_that_changed_is_named(stopped, corpus, monkeypatch):
@@ -3688,6 +3746,32 @@ def test_a_killed_loader_is_a_line(corpus, tmp_path, monkeypatch):
     assert message.count('\n') == 0
 
 
+def test_loaders_take_no_shared_memory(corpus):
+    """Of which a container has little, and PyTorch waits for ever where there is none."""
+    speech = data.Speech(read_utterances(corpus.valid), ['', *'abcdefgh '])
+    one, = data.loader(speech, [[(0, 0), (0, 1)]], workers=1)
+    other, = data.loader(speech, [[(0, 0), (0, 1)]])
+    for a, b in zip(one, other):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    assert not one.mels.is_shared()
+
+
+def test_an_impatient_second_interrupt_changes_nothing(monkeypatch):
+    monkeypatch.setattr(train.stop, 'asked', None)
+    with pytest.raises(KeyboardInterrupt):
+        train.stop(signal.SIGINT, None)
+    train.stop(signal.SIGINT, None)
+    monkeypatch.setattr(train.stop, 'asked', time.monotonic() - 3)
+    with pytest.raises(KeyboardInterrupt):
+        train.stop(signal.SIGTERM, None)
+
+
+def test_an_interrupt_that_python_could_not_raise_ends_a_run(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.stop, 'asked', time.monotonic())
+    message = exit_code(train.main, *corpus.flags, '--epochs=1', *SMALL, '--run_dir', tmp_path)
+    assert message.startswith('train.py: stopped; to go on')
+
+
 def test_loaders_leave_the_interrupt_to_the_run(corpus, tmp_path, monkeypatch):
     """Of Ctrl-C, which a terminal sends to all of them, the run makes its line."""
     send_to_loaders(signal.SIGINT, monkeypatch)
@@ -3775,6 +3859,38 @@ def test_scoring_refuses_flags_of_training(first_run, corpus):
     message = exit_code(train.main, '--evaluate', first_run.folder / 'best.pt', '--test_data',
                         corpus.valid, '--epochs=3')
     assert message.endswith('so --epochs has no effect; remove it')
+
+
+@pytest.mark.parametrize('flags,name', [
+    ('--overfit=2 --valid_data=nowhere', 'valid_data'),
+    ('--overfit=2 --concat=0.5', 'concat'),
+    ('--beam=0 --lm_weight=1', 'lm_weight'),
+    ('--json', 'json'),
+])
+def test_flags_without_effect_are_named(flags, name):
+    message = exit_code(train.main, *flags.split())
+    assert message.endswith(f'so --{name} has no effect; remove it')
+
+
+@pytest.mark.parametrize('argv,words', [
+    (['clip.wav', '--valid_data=v.jsonl'], '--valid_data is for a corpus'),
+    (['corpus', '--speaker=3'], '--speaker is for --say'),
+])
+def test_flags_of_data_without_effect_are_named(argv, words):
+    assert words in exit_code(data.main, *argv)
+
+
+def test_another_folder_of_the_built_in_corpuss_name_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('corpus').mkdir()
+    message = exit_code(train.main)
+    assert 'corpus is not the built-in corpus; rename or delete that folder' in message
+
+
+def test_a_clusters_own_ranks_are_not_torchruns(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert train_run(tmp_path, *corpus.flags, '--epochs=1', *SMALL)['updates'] == 3
 
 
 def test_a_flag_without_a_name_is_refused():
@@ -3885,8 +4001,7 @@ def test_an_error_in_the_data_is_said_once(corpus):
 def test_benchmark_prints_one_object(corpus, tmp_path, capsys):
     run = tmp_path / 'run'
     result = train_run(run, *corpus.flags, '--benchmark', '--json', *SMALL)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert json.loads(last) == result
+    assert json.loads(capsys.readouterr().out) == result
     assert not run.exists()
     for key, value in result.items():
         assert value > 0, key

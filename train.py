@@ -56,6 +56,8 @@ OVERFIT_UPDATES = 50    # at least, in an epoch of --overfit
 TRAIN_EVALUATED = 32    # training utterances that are scored after each epoch
 EVALUATION_FLAGS = {'evaluate', 'test_data', 'skip_bad', 'run_dir', 'device', 'threads', 'workers',
                     'beam', 'lm_weight', 'label_bonus', 'lm_text'}
+OVERFIT_IGNORES = {'valid_data', 'test_data', 'num_train_samples', 'spec_augment', 'concat'}
+BY_TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ  # which alone makes several processes
 MOST_LOST = 10          # updates in a row without a finite gradient
 PARTS = {               # of the network, by the names of their parameters
     'backbone': ('stem', 'blocks', 'last', 'early', 'deep', 'gate'),
@@ -233,7 +235,7 @@ def add_run_flags(add: Callable) -> None:
     add('--benchmark', action=SWITCH, default=False,
         help='train nothing; measure the speed of all parts at these settings')
     add('--json', action=SWITCH, default=False,
-        help='with --benchmark: print it as one JSON object')
+        help='with --benchmark: print it as one JSON object, all else as errors are')
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -260,14 +262,24 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise data.DataError(f'flags: --{name} is given without a name; give one')
     if args.resume:
         return resumed_flags(args, given)
-    useless = given.keys() - EVALUATION_FLAGS
-    if args.evaluate and useless:
-        raise data.DataError(f'flags: --evaluate does not train, so --{min(useless)} has no '
-                             'effect; remove it')
+    refuse_useless(args, given)
     undo_fixes(args, given)
     if args.run_dir:
         refuse_used(Path(args.run_dir))  # before the data is read, which may take minutes
     return args
+
+
+def refuse_useless(args: argparse.Namespace, given: Mapping) -> None:
+    """Raise DataError where one of the flags that the user typed has no effect beside another."""
+    asked = {name for name, value in given.items() if value and value != 'none'}
+    for beside, names, reason in (
+            (args.evaluate, given.keys() - EVALUATION_FLAGS, '--evaluate does not train'),
+            (args.overfit, asked & OVERFIT_IGNORES, '--overfit learns and scores its few '
+                                                    'utterances as they are'),
+            (args.beam == 0, asked & {'lm_weight', 'label_bonus'}, '--beam 0 is greedy'),
+            (not args.benchmark, asked & {'json'}, 'without --benchmark nothing is measured')):
+        if beside and names:
+            raise data.DataError(f'flags: {reason}, so --{min(names)} has no effect; remove it')
 
 
 def undo_fixes(args: argparse.Namespace, given: Mapping) -> None:
@@ -298,6 +310,11 @@ def resumed_flags(args: argparse.Namespace, given: Mapping) -> argparse.Namespac
     if missing:
         raise data.DataError(f'--resume {folder}: config.json is damaged, it lacks '
                              f'{", ".join(sorted(missing))}; start a new run')
+    for name in 'train_data', 'valid_data', 'test_data', 'lm_text':
+        path = config[name]
+        if path not in (None, 'none') and not os.path.exists(path):
+            raise data.DataError(f'--resume {folder}: its --{name} {path} is not found from here; '
+                                 'go to the folder that the run was started in, or bring it back')
     free = {'resume', 'device', 'workers'}  # these change nothing that is learnt
     for name in sorted(given.keys() - free):
         if name not in config or given[name] != config[name]:
@@ -859,7 +876,7 @@ class Learner:
         self.trained = task.network  # what is called in training
         if task.ranks > 1:           # several processes average their gradients
             self.trained = nn.parallel.DistributedDataParallel(task.network,
-                                                               broadcast_buffers=False)
+                                                               forward_sync_buffers=False)
             torch.manual_seed(task.args.seed + task.rank)  # each has dropout of its own
         self.speech = task.train_speech()
         self.total_updates = task.updates_an_epoch * task.args.epochs
@@ -887,6 +904,8 @@ class Learner:
 
         def watch(update, mean, loss):
             self.departures.add(loss)
+            if stop.asked:  # and it came where Python cannot raise, as while a process is forked
+                raise KeyboardInterrupt
             if self.task.rank == 0:
                 to_do = self.total_updates - done - update
                 minutes, seconds = divmod(int(to_do * (time.time() - start) / update), 60)
@@ -1190,13 +1209,13 @@ def report_finished(folder: Path) -> dict:
 
     Raises DataError.
     """
-    (folder / 'state.pt').unlink(missing_ok=True)
     try:
         results = json.loads((folder / 'results.json').read_text())
         print(f'{folder} is finished: nothing is left to do')
         print_all_scores(results)
+        (folder / 'state.pt').unlink(missing_ok=True)
         return results
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise data.DataError(f'{folder}/results.json: is damaged; score the checkpoint again with '
                              '--evaluate') from None
 
@@ -1205,9 +1224,10 @@ def train_task(args: argparse.Namespace, rank: int, ranks: int,
                held: contextlib.ExitStack) -> dict | None:
     """A run from its data to its results. Raises DataError, OSError."""
     try:
-        task = prepare(args, rank, ranks)
-        print(f'{len(task.splits.train)} utterances, {task.hours:.2f} hours, '
-              f'{len(task.alphabet)} symbols, {task.parameters:,} parameters')
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            task = prepare(args, rank, ranks)
+            print(f'{len(task.splits.train)} utterances, {task.hours:.2f} hours, '
+                  f'{len(task.alphabet)} symbols, {task.parameters:,} parameters')
         if args.benchmark:
             return benchmark(task.network, task.train_speech(), args)
         describe_task(task)
@@ -1356,8 +1376,13 @@ def benchmark(network: model.Recogniser, speech: data.Speech, args: argparse.Nam
 # ---- python train.py -----------------------------------------------------------------------------
 
 def stop(signal_number: int, frame: object) -> None:
-    """SIGTERM ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
+    """Ctrl-C or SIGTERM ends a run; an impatient second one, while it ends, changes nothing."""
+    if stop.asked is None or time.monotonic() - stop.asked > 2:
+        stop.asked = time.monotonic()
+        raise KeyboardInterrupt
+
+
+stop.asked = None  # at what time it was
 
 
 def how_to_go_on(args: argparse.Namespace | None) -> str:
@@ -1370,12 +1395,14 @@ def how_to_go_on(args: argparse.Namespace | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> dict | None:
     args = None
-    rank, ranks = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # torchrun
-    previous = signal.signal(signal.SIGTERM, stop)
+    rank, ranks = 0, 1
+    if BY_TORCHRUN:
+        rank, ranks = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     try:
         with monitor.one_line_ends('train.py', lambda: how_to_go_on(args)):
             args = parse_flags(argv)
             if ranks > 1:
+                check_device(args)
                 torch.distributed.init_process_group('gloo' if args.device == 'cpu' else 'nccl')
                 if args.device != 'cpu':
                     args.device = f'cuda:{os.environ["LOCAL_RANK"]}'
@@ -1387,7 +1414,7 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
             sys.exit(1)  # the first process says it
         raise
     except data.DataError as error:
-        if rank and args is None:
+        if rank and not torch.distributed.is_initialized():
             sys.exit(1)  # the same flags, the same message
         # The frames hold the loader, whose processes end with it at once, but slowly at exit.
         traceback.clear_frames(error.__traceback__)
@@ -1399,16 +1426,16 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
             reason = str(error).splitlines()[0].rstrip('. ')
             sys.exit(f'train.py: a process that loads recordings has ended ({reason}); where that '
                      f'happens again, load without them, with --workers 0; {how_to_go_on(args)}')
-        if ranks == 1:
+        if ranks == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
-        sys.exit(f'train.py: another process of this run has ended ({str(error).splitlines()[0]}); '
-                 f'{how_to_go_on(args)}')
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        sys.exit('train.py: another process of this run has ended, or cannot be reached '
+                 f'({str(error).splitlines()[0]}); {how_to_go_on(args)}')
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     main()
-    if 'RANK' in os.environ:  # torchrun: threads of gloo may abort where Python ends by itself
+    if BY_TORCHRUN:  # threads of gloo may abort where Python ends by itself
         sys.stdout.flush()
         os._exit(0)
