@@ -660,29 +660,19 @@ def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_
     first, then symbols, normalisation and lengths. Where all these are right, it is judged what the
     outputs have learnt, and [] means that the network has begun to; untrained: that is left out.
     """
-    given = {'log_probs': log_probs, 'targets': targets, 'input_lengths': input_lengths,
-             'target_lengths': target_lengths}
-    tensors = []
-    for name, value in given.items():
-        try:
-            tensor = torch.as_tensor(value).detach().cpu()
-            plain = tensor.layout == torch.strided and not tensor.is_nested
-            whole = not (tensor.is_floating_point() or tensor.is_complex()
-                         or tensor.dtype == torch.bool)
-        except (TypeError, ValueError, RuntimeError) as error:
-            return [f'{name} cannot be a tensor ({error}); give that of F.ctc_loss']
-        if not plain or (name == 'log_probs' and not tensor.is_floating_point()):
-            return [f'{name} is not a dense tensor of real numbers; give that of F.ctc_loss']
-        if name != 'log_probs' and not whole:
-            return [f'{name} are not whole numbers; where lengths are shares of the longest, '
-                    'multiply them by its number of outputs, and round']
-        tensors.append(tensor)
-    log_probs, targets = tensors[0].float(), tensors[1].long()
-    input_lengths, target_lengths = [tensor.long().reshape(-1) for tensor in tensors[2:]]
+    try:
+        log_probs = plain_tensor('log_probs', log_probs, whole=False).float()
+        targets = plain_tensor('targets', targets, whole=True).long()
+        input_lengths, target_lengths = [
+            plain_tensor(name, lengths, whole=True).long().reshape(-1)
+            for name, lengths in (('input_lengths', input_lengths),
+                                  ('target_lengths', target_lengths))]
+    except ValueError as error:
+        return [str(error)]
     shape_fault = wrong_shape(log_probs, targets, input_lengths, target_lengths)
     if shape_fault:
         return [shape_fault]
-    if not isinstance(blank, int) or not 0 <= blank < log_probs.shape[2]:
+    if not isinstance(blank, (int, np.integer)) or not 0 <= blank < log_probs.shape[2]:
         return [f'blank is {blank}, and the symbols are 0 to {log_probs.shape[2] - 1}; give the '
                 'one that the head has for it']
     texts = split_targets(targets, target_lengths)
@@ -694,6 +684,23 @@ def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_
     if findings or untrained:
         return findings
     return list(check_outputs(log_probs, texts, input_lengths, blank))
+
+
+def plain_tensor(name: str, value: object, whole: bool) -> Tensor:
+    """An argument of F.ctc_loss as a dense tensor of real or of whole numbers. Raises ValueError
+    that says what it is instead."""
+    try:
+        tensor = torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f'{name} cannot be a tensor ({error}); give that of F.ctc_loss') from None
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_complex():
+        raise ValueError(f'{name} is not a dense tensor of real numbers; give that of F.ctc_loss')
+    if whole and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise ValueError(f'{name} are not whole numbers; where lengths are shares of the longest, '
+                         'multiply them by its number of outputs, and round')
+    if not whole and not tensor.is_floating_point():
+        raise ValueError(f'{name} are whole numbers; give log-probabilities')
+    return tensor
 
 
 def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,

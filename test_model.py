@@ -2626,9 +2626,9 @@ def test_the_plateaus_of_a_batch_are_named():
     ({'target_lengths': torch.zeros(8, dtype=torch.long)}, 'no utterance has a label'),
     ({'targets': None}, 'targets cannot be a tensor'),
     ({'targets': torch.ones(8, 12, dtype=torch.bool)}, 'targets are not whole numbers'),
-    ({'input_lengths': torch.full((8,), 70j)}, 'input_lengths are not whole numbers'),
+    ({'input_lengths': torch.full((8,), 70j)}, 'input_lengths is not a dense tensor'),
     ({'log_probs': torch.zeros(70, 8, 6).to_sparse()}, 'log_probs is not a dense tensor'),
-    ({'log_probs': torch.zeros(70, 8, 6, dtype=torch.long)}, 'log_probs is not a dense tensor'),
+    ({'log_probs': torch.zeros(70, 8, 6, dtype=torch.long)}, 'log_probs are whole numbers'),
     ({'blank': 6}, 'blank is 6, and the symbols are 0 to 5'),
     ({'blank': None}, 'blank is None, and the symbols are 0 to 5'),
 ])
