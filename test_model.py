@@ -4130,7 +4130,8 @@ def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
     promise, command = capsys.readouterr().out.strip().splitlines()[-2:]
     heard = subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()
     assert f'("{heard}")' in promise
-    checkpoint = model.load_checkpoint(shlex.split(command)[-2])
+    _, _, best, *_ = shlex.split(command)
+    checkpoint = model.load_checkpoint(best)
     untrained = model.Recogniser(checkpoint.network.config)
     test = data.Speech(read_utterances('corpus/test.jsonl'), checkpoint.alphabet)
     untrained_wer = train.evaluate(untrained, test).rates['wer']
