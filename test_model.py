@@ -793,10 +793,10 @@ def test_words_are_split_at_spaces():
 
 @pytest.mark.parametrize('loudness,edges,expected', [
     ([-2] * 4 + [0] * 20, [(6, 8)], [(4, 8 + model.RELEASE)]),            # where the sound begins
-    ([0] * 40, [(14, 16)], [(14 - model.MAX_ONSET, 16 + model.RELEASE)]),  # not endlessly
-    ([0] * 30, [(2, 8), (18, 22)], [(0, 14), (14, 29)]),                  # 0.6 of the gap
+    ([0] * 60, [(44, 46)], [(44 - model.MAX_ONSET, 46 + model.RELEASE)]),  # not endlessly
+    ([0] * 30, [(2, 8), (18, 22)], [(0, 11), (11, 27)]),                  # 0.3 of the gap
     ([0] * 10, [(0, 5), (5, 10)], [(0, 5), (5, 10)]),                     # nothing between
-    ([-2] * 30, [(2, 3), (18, 25)], [(2, 10), (18, 30)]),
+    ([-2] * 30, [(2, 3), (18, 25)], [(2, 8), (18, 30)]),
     ([], [], []),
 ])
 def test_words_are_as_wide_as_their_sound(loudness, edges, expected):
