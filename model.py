@@ -856,7 +856,7 @@ def plot_clip(transcript: Transcript, checkpoint: Checkpoint, path: str) -> None
         below.text(middle, 1.03, name, ha='center')
     for word in words:
         above.text((word.start + word.end) / 2, mels.shape[1] + 2, word.text, ha='center')
-        above.axvspan(word.start, word.end, ymin=0.97, color='white')
+        above.axvspan(word.start, word.end, ymin=0.97, facecolor='white', edgecolor='black')
     below.set_ylim(0, 1.15)
     below.set_ylabel('probability')
     below.set_xlabel('seconds')
