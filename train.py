@@ -235,7 +235,7 @@ def add_run_flags(add: Callable) -> None:
     add('--benchmark', action=SWITCH, default=False,
         help='train nothing; measure the speed of all parts at these settings')
     add('--json', action=SWITCH, default=False,
-        help='with --benchmark: print it as one JSON object, all else as errors are')
+        help='with --benchmark: print it as one JSON object, and all else to standard error')
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
