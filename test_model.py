@@ -4080,7 +4080,7 @@ def start_benchmark(manifest):
     start = time.perf_counter()
     # From a shell: Linux gives a process the peak memory of the one that it was forked from.
     process = subprocess.Popen(f'{shlex.join(command)}; true', shell=True, stdout=subprocess.PIPE,
-                               text=True)
+                               stderr=subprocess.STDOUT, text=True)
     first = process.stdout.readline()
     seconds = time.perf_counter() - start
     rest, _ = process.communicate()
