@@ -3530,6 +3530,14 @@ def test_a_run_is_resumed_where_its_paths_lead(tmp_path, monkeypatch):
     assert 'its --train_data c/manifest.jsonl is not found from here; go to the folder' in message
 
 
+def test_a_finished_run_needs_no_data(stopped, capsys):
+    train.main(['--resume', str(stopped)])
+    config = read_json(stopped / 'config.json') | {'train_data': 'gone.jsonl'}
+    (stopped / 'config.json').write_text(json.dumps(config))
+    train.main(['--resume', str(stopped)])
+    assert 'is finished: nothing is left to do' in capsys.readouterr().out
+
+
 def test_data_that_changed_is_named(stopped, corpus, monkeypatch):
     """The validation texts, all but one of them: another corpus."""
     whole = data.read_corpus

@@ -310,11 +310,6 @@ def resumed_flags(args: argparse.Namespace, given: Mapping) -> argparse.Namespac
     if missing:
         raise data.DataError(f'--resume {folder}: config.json is damaged, it lacks '
                              f'{", ".join(sorted(missing))}; start a new run')
-    for name in 'train_data', 'valid_data', 'test_data', 'lm_text':
-        path = config[name]
-        if path not in (None, 'none') and not os.path.exists(path):
-            raise data.DataError(f'--resume {folder}: its --{name} {path} is not found from here; '
-                                 'go to the folder that the run was started in, or bring it back')
     free = {'resume', 'device', 'workers'}  # these change nothing that is learnt
     for name in sorted(given.keys() - free):
         if name not in config or given[name] != config[name]:
@@ -676,10 +671,22 @@ def init_from(network: model.Recogniser, alphabet: Sequence[str], path: str) -> 
                              f'{", ".join(differ)}; give it the same') from None
 
 
+def check_resumed_paths(args: argparse.Namespace) -> None:
+    """Raise DataError where a run's data is not found, as from another working directory."""
+    for name in 'train_data', 'valid_data', 'test_data', 'lm_text':
+        path = getattr(args, name)
+        if path not in (None, 'none') and not os.path.exists(path):
+            raise data.DataError(f'--resume {args.resume}: its --{name} {path} is not found from '
+                                 'here; go to the folder that the run was started in, or bring it '
+                                 'back')
+
+
 def prepare(args: argparse.Namespace, rank: int, ranks: int) -> Task:
     """Read the data and make the network. Raises DataError."""
     config = make_config(args)
     check_device(args)
+    if args.resume:
+        check_resumed_paths(args)
     if rank:
         torch.distributed.barrier()  # the first process makes the built-in corpus
     splits = load_splits(args, config.frames_per_output)
@@ -1421,15 +1428,15 @@ def main(argv: Sequence[str] | None = None) -> dict | None:
         # From one of them the error comes with that process's traceback before it.
         sys.exit('train.py: ' + str(error).rpartition('data.DataError: ')[2].strip())
     except RuntimeError as error:
-        if 'DataLoader worker' in str(error):
+        reason = str(error).partition('\n')[0].rstrip('. ')
+        if 'DataLoader worker' in reason:
             traceback.clear_frames(error.__traceback__)
-            reason = str(error).splitlines()[0].rstrip('. ')
             sys.exit(f'train.py: a process that loads recordings has ended ({reason}); where that '
                      f'happens again, load without them, with --workers 0; {how_to_go_on(args)}')
         if ranks == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
         sys.exit('train.py: another process of this run has ended, or cannot be reached '
-                 f'({str(error).splitlines()[0]}); {how_to_go_on(args)}')
+                 f'({reason}); {how_to_go_on(args)}')
 
 
 if __name__ == '__main__':
