@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -55,7 +56,7 @@ MARGIN = 20                          # frames kept before and after speech
 LONGEST = 3600                       # seconds of a recording
 MAX_SECONDS = 40                     # of an utterance for training
 EVALUATED_FRAMES = 64_000            # padding included, at once: sixteen clips of 40 s
-FRAMES_PER_OUTPUT = 2                # the default: 50 outputs a second
+FRAMES_PER_OUTPUT = 4                # the default: 25 outputs a second
 PAD_TO = 16                          # frames: few different shapes are faster than exact ones
 
 
@@ -158,17 +159,11 @@ def voice_level(steady: Tensor) -> Tensor:
 
 
 def repair_clicks(mels: Tensor) -> Tensor:
-    """Replace frames of (T, 80) far louder than the voice by interpolating between others."""
+    """Replace frames of (T, 80) far louder than the voice by the last one before that is not."""
     level = mels.mean(1)
     loud = level > voice_level(moving_median(level)) + CLICK
     loud = F.pad(loud, (1, 1)).unfold(0, 3, 1).any(1)  # and its neighbours
-    loud, good = loud.nonzero()[:, 0], (~loud).nonzero()[:, 0]
-    place = torch.searchsorted(good, loud)
-    before = good[(place - 1).clamp(min=0)]
-    after = good[place.clamp(max=len(good) - 1)]
-    share = (loud - before) / (after - before).clamp(min=1)
-    between = mels[before].lerp(mels[after], share[:, None])
-    return mels.index_copy(0, loud, between)
+    return mels[(torch.arange(len(mels)) * ~loud).cummax(0).values]
 
 
 def features(wave: Tensor) -> tuple[Tensor, int]:
@@ -188,9 +183,13 @@ def features(wave: Tensor) -> tuple[Tensor, int]:
     spoken = (power >= voice_level(power) - SPEECH_RANGE).nonzero()[:, 0]
     start = max(0, int(spoken[0]) - MARGIN)
     end = int(spoken[-1]) + 1 + MARGIN
-    speech = mels[spoken[1:-1] if len(spoken) > 2 else spoken]           # (N, 80)
-    # What is quieter is raised to the quietest that speech has in each band.
-    mels = mels[start:end].maximum(speech.min(0).values)
+    inner = spoken[1:-1] if len(spoken) > 2 else spoken
+    speech, level = mels[inner], power[inner]                            # (N, 80), (N,)
+    # All else is raised to what the room sounds like in the quietest tenth of the speech, so that
+    # a pause of zeros, or of a cleaner recording, is like one of the clip's own.
+    mels = mels.maximum(speech[level <= level.quantile(0.1)].median(0).values)
+    mels[inner] = speech
+    mels = mels[start:end]
     # Each band to mean 0 over the speech, which removes the microphone; all together to deviation
     # 1: scaling each by its own would amplify bands that hold mostly noise.
     mean = speech.mean(0)
@@ -707,28 +706,48 @@ def length_correlation(utterances: Sequence[Utterance]) -> float | None:
     return float(np.corrcoef(lengths.T)[0, 1])
 
 
-def describe_corpus(train: Sequence[Utterance], valid: Sequence[Utterance]) -> None:
-    """Print what a corpus holds for training (at least one utterance) and for validation."""
-    text = ' '.join(u.text for u in train)
-    rare = [character for character, count in Counter(text).items() if count < 10]
-    unseen = set(' '.join(u.text for u in valid).split()).difference(text.split())
+def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
+    """Print what a corpus holds for training (at least one utterance) and validation -> what is to
+    be remembered of it: alphabet, utterances, hours, plateaus (losses in nats per label of uniform
+    and of constant output), length_correlation, letter_entropy, and digest, by which a change of
+    texts or durations is seen.
+    """
+    train = splits.train
     alphabet = make_alphabet(train)
     targets = [encode(u.text, alphabet) for u in train]
-    outputs = torch.tensor([ceil(u.frames / FRAMES_PER_OUTPUT) for u in train])
-    uniform, constant = monitor.plateau_lines(targets, outputs, len(alphabet))
-    seconds = torch.tensor([u.duration for u in train])
-    total = seconds.sum()
-    rate = sum(map(len, targets)) / total
-    speakers = {u.speaker for u in train}
-    print(f'training    {len(train)} utterances, {total / 3600:.2f} hours')
-    print(f'speakers    {len(speakers)} (all that are unknown count as one)')
+
+    def plateaus(utterances):
+        outputs = torch.tensor([ceil(u.frames / frames_per_output) for u in utterances])
+        return monitor.plateau_lines([encode(u.text, alphabet) for u in utterances], outputs,
+                                     len(alphabet))
+
+    lines = plateaus(train)
+    outputs = sum(u.frames for u in train) / frames_per_output
+    seconds = torch.tensor([u.duration for u in train], dtype=torch.float64)
+    text = ' '.join(u.text for u in train)
+    rare = [character for character, count in Counter(text).items() if count < 10]
+    unseen = set(' '.join(u.text for u in splits.valid).split()).difference(text.split())
+    outputs_a_label = outputs / sum(map(len, targets))
+    correlation = length_correlation(train)
+    print(f'training    {len(train)} utterances, {seconds.sum() / 3600:.2f} hours, '
+          f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)')
     print(f'seconds     median {seconds.median():.1f}, longest {seconds.max():.1f}')
     print('alphabet   ', *map(repr, alphabet[1:]))
     print('rare       ', *map(repr, rare), '(under ten times)')
-    print('punctuation', punctuation_note(alphabet) or 'none')
-    print(f'labels      {rate:.1f} a second')
-    print(f'plateaus    {uniform:.2f} (uniform), {constant:.2f} (constant) nats per label')
-    print(f'validation  {len(valid)} utterances, with words not in training:', *sorted(unseen))
+    print(f'outputs     {outputs_a_label:.1f} a label')
+    print('plateaus    {:.2f} (uniform), {:.2f} (constant) nats per label'.format(*lines))
+    print(f'validation  {len(splits.valid)} utterances, words not in training:', *sorted(unseen))
+    if outputs_a_label < 2:
+        print('that is fast speech: try a lower --frames_per_output')
+    for note in (*splits.notes, punctuation_note(alphabet), monitor.unrelated_lengths(correlation)):
+        if note:
+            print(note)
+    known = [f'{u.text} {u.duration}' for u in train + splits.valid + splits.test]
+    return {'alphabet': alphabet, 'utterances': len(train), 'hours': seconds.sum().item() / 3600,
+            'plateaus': lines, 'valid_plateaus': plateaus(splits.valid),
+            'length_correlation': correlation,
+            'letter_entropy': monitor.letter_entropy(targets),
+            'digest': hashlib.sha256('\n'.join(known).encode()).hexdigest()}
 
 
 # ---- the built-in corpus: a source and a filter (Fant 1960), by rule (Klatt 1980) ----------------
@@ -796,7 +815,7 @@ HERTZ = torch.linspace(0, 8000, 257)[:, None]
 
 # Of each split: the first speaker, how many speakers, how many utterances.
 BUILTIN = {
-    'train': (336, 500, 1000),
+    'train': (336, 625, 1250),
     'valid': (300, 12, 60),
     'test': (312, 24, 120),
 }
@@ -833,10 +852,12 @@ def plan_phones(
                 add(phone, 55 / tempo * rng.uniform(0.7, 1.4), (17, 200))
             add(phone, ms * rng.uniform(0.7, 1.4))
         spans.append((word, first, len(segments)))
-        if rng.random() < 0.6 or number == len(words):  # the voice dies away, then a gap
+        chance = rng.random()
+        if chance < 0.6 or number == len(words):  # the voice dies away, then a gap
             for fade in 10, 20, 30:
                 add(phone, 1 if name in 'ptkfsth' else 40, (fade, fade))
-            add(phone, rng.uniform(30, 300), (200, 200))
+            longest = 1500 if chance < 0.15 and number < len(words) else 300  # a quarter: pauses
+            add(phone, rng.uniform(30, longest), (200, 200))
     add(segments[0], 4 * rng.integers(40, 100), (200, 200))
     segments.insert(0, segments.pop())  # silence comes first
     return np.array(segments).T, spans
@@ -1005,8 +1026,7 @@ def inspect_corpus(path: str) -> None:
     would."""
     splits = read_splits(path, None, None, 0, FRAMES_PER_OUTPUT)
     if splits.train:
-        describe_corpus(splits.train, splits.valid)
-    print(*splits.notes)
+        describe_corpus(splits, FRAMES_PER_OUTPUT)
     for problem, names in splits.problems.items():
         print(f'{len(names)} files {problem}: {" ".join(names)}')
     if splits.faults or not splits.valid:

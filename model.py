@@ -74,6 +74,7 @@ BLOCKS = [
     (576, 96, True, 1, 1),
 ]
 EARLY_BLOCK = 3   # the last block at 40 ms; the early path leaves from its output
+DEEP_EVERY = 4    # training updates: the deep path takes part in one of them
 STEM_STRIDE = 2   # in time and in frequency
 
 
@@ -130,12 +131,14 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch norm whose running statistics are usable after few updates.
 
     MobileNetV3's own momentum, 0.01, leaves 37 % of the initial statistics after 100 updates; 0.1,
-    used here, leaves 20 % after 15, so a network that has learnt would score badly in eval mode.
-    Therefore the statistics begin as the plain average of the first ten batches.
+    PyTorch's own, leaves 20 % after 15, so a network that has learnt would score badly in eval
+    mode. Therefore the statistics begin as the plain average of the first batches, and go on with
+    0.3: the deep path, which sees one batch in four, would with less lag behind a high learning
+    rate.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        self.momentum = max(0.1, 1 / (1 + self.num_batches_tracked.item()))  # for training
+        self.momentum = max(0.3, 1 / (1 + self.num_batches_tracked.item()))  # for training
         return super().forward(x)
 
 
@@ -276,7 +279,9 @@ class Backbone(nn.Module):
     """log-mels (B, 1, T, n_mels), lengths (B,) in frames -> features (B, T', projection), lengths.
 
     MobileNetV3-Small's stem and blocks. What the first three blocks hear goes on by a short path,
-    early, on which the gradient reaches them; the rest adds its share, gate * deep.
+    early, on which the gradient reaches them; the rest adds its share, gate * deep. In training it
+    takes part in one update of four, the first, fifth, ninth ...: that is as good, and cheaper
+    (after stochastic depth, Huang et al. 2016; which update it is, batch norm has counted).
     """
 
     def __init__(self, config: Config):
@@ -327,6 +332,8 @@ class Backbone(nn.Module):
             x, lengths = block(x, lengths)
             if self.early and number == EARLY_BLOCK:
                 early = self.early(x, lengths, outputs)
+                if self.training and self.stem[1].num_batches_tracked % DEEP_EVERY != 1:
+                    return early, output_lengths
         deep = self.deep(self.last(x), lengths, outputs)
         return (early + self.gate * deep if self.early else deep), output_lengths
 
@@ -576,6 +583,7 @@ MAX_ONSET = 30         # frames of 10 ms that a word may last before its first o
 SILENCE_LEVEL = -0.4   # mean normalised log-mel of a frame: below, no word has begun
 RELEASE = 5            # frames that a word lasts after its last output
 GAP_SHARE = 0.3        # of the gap between two words that would overlap: the first one's
+HOLE = 40              # frames without a letter that no word has
 
 class Word(NamedTuple):
     """A word, when it was said, in seconds from the clip's start, and how sure that is.
@@ -609,6 +617,9 @@ def timed_words(transcript: 'Transcript', checkpoint: 'Checkpoint') -> list[Word
     for match in re.finditer('[^ ]+', text):
         outputs = ((path >= match.start()) & (path < match.end())).nonzero()[:, 0]
         emitted = log_probs[outputs, symbols[path[outputs]]]
+        # Letters on both sides of a silence are no word: the side with most outputs is.
+        side = (outputs.diff(prepend=outputs[:1]) >= HOLE // frames_per_output).cumsum(0)
+        outputs = outputs[side == side.mode().values]
         first, end = (outputs[[0, -1]] * frames_per_output).tolist()
         first = onset = min(first, len(mels))
         while onset > max(before, first - MAX_ONSET) and loudness[onset - 1] > SILENCE_LEVEL:

@@ -439,7 +439,8 @@ def next_step(log: Sequence[Mapping], config: Mapping) -> str:
 def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
     """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
     last = log[-1]
-    yield f'phase: {last["phase"]}; {phase_evidence(last, config["plateaus"])}'
+    lines = config['valid_plateaus' if 'valid_loss' in last else 'plateaus']
+    yield f'phase: {last["phase"]}; {phase_evidence(last, lines)}'
     for line in 'uniform', 'constant':
         update = last[f'left_{line}']
         yield f'left the {line} plateau: ' + (f'at update {update}' if update else 'never')

@@ -17,7 +17,6 @@ References: Smith & Topin 2019 (OneCycle); Loshchilov & Hutter 2019 (AdamW); Lee
 (intermediate CTC).
 """
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -135,7 +134,7 @@ FLAGS = {  # by group: name, a type or the choices, default, help
         ('workers', COUNT, 0, 'processes that load audio; 0: the training process itself'),
     ],
     'optimisation': [
-        ('epochs', WHOLE, 7, 'passes over the training data'),
+        ('epochs', WHOLE, 6, 'passes over the training data'),
         ('batch_size', WHOLE, 8, 'utterances per update'),
         ('learning_rate', AMOUNT, 3e-4, 'base learning rate; OneCycle peaks at ten times this'),
         ('schedule', ('onecycle', 'constant'), 'onecycle', 'of the learning rate'),
@@ -336,8 +335,8 @@ def read_data(args: argparse.Namespace) -> data.Splits:
     if faults and not args.skip_bad:
         raise monitor.UserError('\n'.join([
             *faults, f'{len(faults)} utterances cannot be used; --skip_bad leaves them out']))
-    for line in faults + splits.notes:
-        print(line)
+    for fault in faults:
+        print(fault)
     if not (splits.test if args.evaluate else splits.train):
         raise monitor.UserError('no utterance is left that can be used; give more')
     train = list(splits.train)
@@ -371,41 +370,11 @@ def make_network(alphabet: list[str], args: argparse.Namespace) -> model.Recogni
         return network.to(args.device)
 
 
-def training_speech(utterances: Sequence[data.Utterance], alphabet: Sequence[str],
-                    args: argparse.Namespace) -> data.Speech:
+def training_speech(splits: data.Splits, config: dict, args: argparse.Namespace) -> data.Speech:
     """The training data with its augmentation; of --overfit as it is."""
-    if args.overfit:
-        return data.Speech(utterances, alphabet, args.frames_per_output, args.seed)
-    return data.Speech(utterances, alphabet, args.frames_per_output, args.seed, args.spec_augment,
-                       speed_perturb=True, concat=args.concat)
-
-
-def describe_task(splits: data.Splits, alphabet: list[str], network: model.Recogniser,
-                  args: argparse.Namespace) -> dict:
-    """Print what is known before training -> the contents of config.json."""
-    texts = [data.encode(u.text, alphabet) for u in splits.train]
-    frames = torch.tensor([u.frames for u in splits.train])
-    lines = monitor.plateau_lines(texts, network.backbone.output_lengths(frames), len(alphabet))
-    hours = sum(u.duration for u in splits.train) / 3600
-    correlation = data.length_correlation(splits.train)
-    outputs_a_label = frames.sum() / args.frames_per_output / sum(map(len, texts))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    print(f'{len(texts)} utterances, {hours:.2f} hours, {len(alphabet)} symbols, '
-          f'{parameters:,} parameters')
-    for name in undone_fixes(args):
-        print(f'without {name}: {FIXES[name].setting} {getattr(args, FIXES[name].setting)}')
-    print(monitor.legend(lines))
-    print(f'{outputs_a_label:.1f} outputs a label')
-    if outputs_a_label < 2:
-        print('that is fast speech: try a lower --frames_per_output')
-    for note in data.punctuation_note(alphabet), monitor.unrelated_lengths(correlation):
-        if note:
-            print(note)
-    known = [f'{u.text} {u.duration}' for u in splits.train + splits.valid + splits.test]
-    return {'flags': vars(args), 'alphabet': alphabet, 'utterances': len(texts), 'hours': hours,
-            'plateaus': lines, 'length_correlation': correlation,
-            'letter_entropy': monitor.letter_entropy(texts),
-            'data': hashlib.sha256('\n'.join(known).encode()).hexdigest()}
+    augmentation = () if args.overfit else (args.spec_augment, True, args.concat)
+    return data.Speech(splits.train, config['alphabet'], args.frames_per_output, args.seed,
+                       *augmentation)
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -456,16 +425,16 @@ def validate(network: model.Recogniser, splits: data.Splits, config: dict, log: 
     # The same network in eval mode: where it does worse, batch norm's statistics are not right.
     some = evaluate(network, splits.train[:TRAIN_EVALUATED], config['alphabet'], args)
     record['train_eval_loss'] = some['loss']
-    scores, rows = {}, []
+    scores, rows, lines = {}, [], config['plateaus']
     if splits.valid:
         found = evaluate(network, splits.valid, config['alphabet'], args)
-        rows = found['rows']
+        rows, lines = found['rows'], config['valid_plateaus']
         rates = rates_of(rows)
         scores = {'valid': rates}
         record |= {'valid_loss': found['loss'], 'valid_entropy': found['entropy'],
                    'valid_sound': found['sound'], 'wer': rates['wer'], 'cer': rates['cer'],
                    'deletions': rates['deletions'] / rates['words']}
-    record['phase'] = monitor.name_phase(record, config['plateaus'][1], *before[-1:])
+    record['phase'] = monitor.name_phase(record, lines[1], *before[-1:])
     record['warnings'] = monitor.diagnose(record)
     return scores, rows
 
@@ -480,7 +449,7 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
     """
     rank, ranks = process()
     folder = Path(args.run_dir)
-    speech = training_speech(splits.train, config['alphabet'], args)
+    speech = training_speech(splits, config, args)
     language_model = json.dumps(model.CharacterModel.of_texts(u.text for u in splits.train).counts)
     updates = len(epoch_batches(speech, 0, args))
     optimizer, schedule = make_optimizer(network, args, updates * args.epochs)
@@ -488,7 +457,8 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
     log, history = load_state(folder / 'state.pt', learning)
     trained = network
     if ranks > 1:  # several processes average their gradients
-        trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
+        trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
+                                                      find_unused_parameters=True)
     while len(log) < args.epochs and not (args.overfit and log and log[-1]['cer'] == 0):
         start = time.time()
         before = all_weights(network)
@@ -656,15 +626,18 @@ def run(args: argparse.Namespace) -> None:
         make_folder({'flags': vars(args)}, args)
         finish(args.evaluate, splits, args)
         return
-    alphabet = data.make_alphabet(splits.train)
-    network = make_network(alphabet, args)
-    config = describe_task(splits, alphabet, network, args)
+    config = {'flags': vars(args)} | data.describe_corpus(splits, args.frames_per_output)
+    network = make_network(config['alphabet'], args)
     if args.benchmark:
-        benchmark(network, training_speech(splits.train, alphabet, args), config, args)
+        benchmark(network, training_speech(splits, config, args), config, args)
         return
+    for name in undone_fixes(args):
+        print(f'without {name}: {FIXES[name].setting} {getattr(args, FIXES[name].setting)}')
+    print(f'{sum(map(torch.numel, network.parameters())):,} parameters')
+    print(monitor.legend(config['plateaus']))
     if args.resume:
         with monitor.error_at(f'--resume {folder}'):
-            if json.loads((folder / 'config.json').read_text())['data'] != config['data']:
+            if json.loads((folder / 'config.json').read_text())['digest'] != config['digest']:
                 raise ValueError('the texts or durations of its data have changed')
     elif rank == 0:
         make_folder(config, args)
