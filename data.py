@@ -733,10 +733,11 @@ def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
           f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)')
     print(f'seconds     median {seconds.median():.1f}, longest {seconds.max():.1f}')
     print('alphabet   ', *map(repr, alphabet[1:]))
-    print('rare       ', *map(repr, rare), '(under ten times)')
+    print('rare       ', ' '.join(map(repr, rare)) or 'none', '(met under ten times)')
     print(f'outputs     {outputs_a_label:.1f} a label')
     print('plateaus    {:.2f} (uniform), {:.2f} (constant) nats per label'.format(*lines))
-    print(f'validation  {len(splits.valid)} utterances, words not in training:', *sorted(unseen))
+    print(f'validation  {len(splits.valid)} utterances, {len(unseen)} words not in training:',
+          *sorted(unseen))
     if outputs_a_label < 2:
         print('that is fast speech: try a lower --frames_per_output')
     for note in (*splits.notes, punctuation_note(alphabet), monitor.unrelated_lengths(correlation)):

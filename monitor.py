@@ -331,8 +331,9 @@ def gradient_warnings(record: Mapping) -> Iterator[str]:
                f'first {EARLY} updates; lower --learning_rate')
     if record['phase'] not in ('uniform', 'constant'):
         return  # what has been learnt needs no gradient any more
-    strongest = max(gradient_parts(record), key=record.get)
-    for part in gradient_parts(record):
+    parts = gradient_parts(record)
+    strongest = max(parts, key=record.get)
+    for part in parts:
         evidence = ''
         if record[part] < UNREACHED * record[strongest]:
             evidence = f'norm {record[part]:.1e}, {strongest} has {record[strongest]:.1e}'
@@ -676,12 +677,6 @@ def print_run(run: Mapping) -> None:
     print_scores(run['results'])
 
 
-def settings(run: Mapping) -> dict:
-    """What a run was made with, all but the seed."""
-    return {name: value for name, value in run['config']['flags'].items()
-            if name not in NO_SETTINGS}
-
-
 def word_errors(runs: Sequence[Mapping], column: int) -> Tensor:
     """Word errors (runs, utterances) of runs that scored the same; column: of their sentences, what
     was heard."""
@@ -702,8 +697,9 @@ def print_comparison(runs: Sequence[Mapping]) -> None:
         if not own or own != said[0]:
             raise UserError(f'{run["name"]}: not finished, or other recordings were scored')
     words = torch.tensor([len(text.split()) for _, text in said[0]])
-    flags = list(map(settings, runs))
-    differ = [name for name in flags[0] if len({str(own.get(name)) for own in flags}) > 1]
+    flags = [run['config']['flags'] for run in runs]
+    differ = [name for name in flags[0] if name not in NO_SETTINGS
+              and len({str(own.get(name)) for own in flags}) > 1]
     groups = {}
     for run, own in zip(runs, flags):
         name = ', '.join(f'{setting} {own.get(setting)}' for setting in differ)
@@ -874,7 +870,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description='Read a run: a table by epoch, warnings, its phase, how to go on. Or compare '
                     'several: settings that differ, scores, their spread; for two, a paired '
                     'bootstrap.')
-    parser.add_argument('run', nargs='*', default=[], help='run folder of train.py')
+    parser.add_argument('run', nargs='*', help='run folder of train.py')
     parser.add_argument('--lines', nargs=3, type=number(int, 1, 100_000), metavar=('T', 'L', 'V'),
                         help='the plateau lines of T outputs, L labels, V symbols with the blank')
     parser.add_argument('--plot', metavar='FILE',

@@ -1434,18 +1434,19 @@ def test_alignment_is_the_best_of_all_paths(text):
     assert [k for k in which.unique_consecutive() if k >= 0] == [*range(len(text))]
 
 
-@pytest.mark.parametrize('path,loud,expected', [
-    ('------aa----------------', '    ####################', [(4, 13)]),    # where the sound begins
-    ('-' * 44 + 'aa' + '-' * 14, '#' * 60, [(14, 51)]),   # 0.3 s at most, not endlessly
-    ('--aaaaaa-   ------aaaa--------', '#' * 30, [(0, 11), (11, 27)]),      # 0.3 of the gap
+@pytest.mark.parametrize('text,path,loud,expected', [
+    ('a', '------aa--------------', '    ##################', [(4, 13)]),  # where the sound begins
+    ('a', '-' * 44 + 'aa' + '-' * 14, '#' * 60, [(14, 51)]),  # 0.3 s at most, not endlessly
+    ('a a', '--aaaaaa-   ------aaaa--------', '#' * 30, [(0, 11), (11, 27)]),  # 0.3 of the gap
+    ('aaa', '-a-a' + '-' * 40 + 'a-----', '#' * 4 + ' ' * 46, [(0, 9)]),   # not over a pause
 ])
-def test_words_are_as_wide_as_their_sound(path, loud, expected):
+def test_words_are_as_wide_as_their_sound(text, path, loud, expected):
     network = make_network(vocab_size=3, frames_per_output=1, **NARROW)
     checkpoint = model.Checkpoint(network, ['', 'a', ' '], {}, None)
     symbols = torch.tensor(['-a '.index(c) for c in path])
     log_probs = (9.0 * F.one_hot(symbols, 3)).log_softmax(1)
     mels = torch.tensor([[float(c == '#')] for c in loud]) - 0.5
-    transcript = model.Transcript(' '.join('a' * len(expected)), [], mels, 0.5, log_probs)
+    transcript = model.Transcript(text, [], mels, 0.5, log_probs)
     for word, (first, end) in zip(model.timed_words(transcript, checkpoint),
                                   expected,
                                   strict=True):
@@ -1684,6 +1685,24 @@ def test_bad_flags_end_in_a_message(flag, words, corpus, tmp_path, capsys):
 def test_help_lists_the_fixes(capsys):
     assert exit_code(train.main, '--help') == 0
     assert 'forget_bias: forget_bias False' in capsys.readouterr().out
+
+
+# ---- train: the freeze ---------------------------------------------------------------------------
+
+def fingerprint(tensors):
+    """One number for many: rounding on another machine moves it by far less than a thousandth."""
+    row = torch.cat([tensor.flatten() for tensor in tensors]).double()
+    return float(row @ torch.linspace(1, 2, len(row)).double().cos())
+
+
+def test_features_and_weights_are_frozen(corpus, tmp_path):
+    """Whoever changes one of these numbers makes all that was measured before hold no longer."""
+    waves = [torch.tensor(data.synthesise('seven stop two', speaker)[0]) for speaker in range(20)]
+    train.main([*corpus, *SMALL, '--epochs=1', '--run_dir', str(tmp_path / 'run')])
+    weights = model.load_checkpoint(tmp_path / 'run' / 'best.pt').network.state_dict().values()
+    assert fingerprint(data.features(wave)[0] for wave in waves) == pytest.approx(
+        -1213.7, rel=1e-3)
+    assert fingerprint(weights) == pytest.approx(299.93, rel=1e-3)
 
 
 # ---- train: the fixes ----------------------------------------------------------------------------
