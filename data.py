@@ -5,7 +5,7 @@
 
     audio file   any format libsndfile reads, any rate, any channels
     wave         (S,)            mono, 16 kHz, float32 in -1..1
-    log-mels     (T, 80)         T = ceil(S / 160): 100 frames a second, normalised over the clip
+    log-mels     (T, 80)         100 frames a second, of the speech and 0.2 s round it, normalised
     batch        (B, 1, T, 80)   with lengths (B,), targets (B, L) and their lengths (B,)
 
 References: Slaney 1998 (mel scale); Park et al. 2019, 2020 (SpecAugment); Ko et al. 2015 (speed
@@ -465,8 +465,8 @@ def json_rows(path: Path) -> Iterator:
 def table_rows(path: Path, **form: object) -> Iterator:
     """A CSV table with a header and a row a line, or one in another form."""
     lines = numbered_lines(path)
-    _, header = next(lines)
-    names = next(csv.reader([header], **form))
+    _, header = next(lines, ('', ''))
+    names = next(csv.reader([header], **form), [])
     for wanted in AUDIO, TEXT:
         if not set(wanted).intersection(names):
             raise ValueError(f'its header needs one of {", ".join(wanted)}')
@@ -518,10 +518,10 @@ def sphinx_row(file: str, line: str) -> dict:
 FORMS = {
     '**/[!.]*.trans.txt': librispeech_rows,
     'etc/*{split}*.transcription': sphinx_rows,
-    '*{split}*.tsv': tsv_rows,
-    '*{split}*.csv': table_rows,
-    '*{split}*.jsonl': json_rows,
-    '*{split}*.json': json_rows,
+    '*.tsv': tsv_rows,
+    '*.csv': table_rows,
+    '*.jsonl': json_rows,
+    '*.json': json_rows,
 }
 
 
@@ -529,7 +529,7 @@ def corpus_rows(path: Path, split: str) -> Iterator:
     """The rows of a corpus, its form recognised by its path. Raises ValueError, OSError."""
     os.stat(path)
     for pattern, reader in FORMS.items():
-        files = sorted(path.glob(pattern.format(split=split)))
+        files = sorted(path.glob(pattern.format(split=split))) if '/' in pattern else []
         if path.name.endswith(pattern.rpartition('*')[2]):
             files = [path]
         if files:

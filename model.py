@@ -83,7 +83,7 @@ class Config:
     """What a checkpoint needs to rebuild its network; the defaults are ours."""
     vocab_size: int                 # V: the alphabet and the blank
     n_mels: int = data.N_MELS
-    blocks: int = 11                # of the table, 2 or more; with all its last convolution too
+    blocks: int = 11                # of the table, 2 to 11; with all, its last 1x1 convolution too
     frames_per_output: int = data.FRAMES_PER_OUTPUT  # 10 ms frames an output is for: 1, 2 or 4
     deep_path: str = 'gated'        # early + gate * deep; or 'alone', without the early path
     upsample: str = 'interpolate'   # or 'transpose': ConvTranspose1d
@@ -309,6 +309,7 @@ class Backbone(nn.Module):
         if config.blocks == len(BLOCKS):
             self.last = ConvNorm(channels, 576, activation=nn.Hardswish)
             channels = 576
+        # With three blocks or fewer, the only path:
         self.deep = Branch(channels * bands, stride, config)
 
     def output_lengths(self, lengths: int | Tensor) -> int | Tensor:
@@ -332,6 +333,7 @@ class Backbone(nn.Module):
             x, lengths = block(x, lengths)
             if self.early and number == EARLY_BLOCK:
                 early = self.early(x, lengths, outputs)
+                # The stem has just counted this batch: 1, 5, 9 ... take the deep path too.
                 if self.training and self.stem[1].num_batches_tracked % DEEP_EVERY != 1:
                     return early, output_lengths
         deep = self.deep(self.last(x), lengths, outputs)
@@ -410,7 +412,7 @@ def init_weights(model: Recogniser) -> None:
 # CTC (Graves et al. 2006) trains on a text without knowing when each letter was said. Its symbols
 # are the letters and a blank, "-". A path is one symbol for each output; it collapses to a text:
 # repeats merge, then blanks are dropped. The likelihood of a text is the sum over all paths that
-# collapse to it, the loss minus the logarithm of that sum. By hand, for three outputs and "ab":
+# collapse to it; the loss is minus the logarithm of that sum. By hand, for three outputs and "ab":
 #
 #     output         1    2    3          path   likelihood
 #     P(-)          0.2  0.3  0.6         aab    0.7 * 0.2 * 0.3 = 0.042
@@ -778,6 +780,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with monitor.one_line_ends('model.py'):
         checkpoint = load_checkpoint(args.checkpoint)
+        if args.lm_text and not args.beam:
+            raise monitor.UserError('--lm_text is for beam search; give --beam 16 too')
         if args.lm_text:
             other = read_character_model(args.lm_text, checkpoint.alphabet)
             checkpoint = checkpoint._replace(language_model=other)

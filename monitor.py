@@ -755,12 +755,16 @@ def load_pyplot():
 def plot_runs(runs: Sequence[Mapping], path: str) -> None:
     """Draw runs on the same axes: losses, with phases as dots and both plateaus, WER, gradient
     norms by part, and what each heard of the longest sentence. Raises OSError, ValueError."""
+    for run in runs:
+        if not run['log']:
+            raise ValueError(f'{run["name"]} has no epochs to draw')
     pyplot = load_pyplot()
     figure, (losses, wers, gradients) = pyplot.subplots(1, 3, figsize=(15, 5), layout='constrained')
     for run, colour in zip(runs, itertools.cycle(COLOURS)):
         epochs = [record['epoch'] for record in run['log']]
         keys = [(losses, 'valid_loss', '-'), (losses, 'train_loss', '--'), (wers, 'wer', '-')]
-        keys += zip(itertools.repeat(gradients), gradient_parts(run['log'][0]), ('-', '--', ':'))
+        keys += zip(itertools.repeat(gradients), gradient_parts(run['log'][0]),
+                    itertools.cycle(['-', '--', ':', '-.']))
         for axes, key, style in keys:
             values = [record.get(key, math.nan) for record in run['log']]
             axes.plot(epochs, values, style, color=colour, label=f'{key}, {run["name"]}')

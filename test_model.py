@@ -893,7 +893,8 @@ def write_forms(utterances, folder):
     for path, lines in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text('\n'.join(lines))
-    return [folder / path for path in ('nemo/train.jsonl', 'cv', 'csv/train.csv', 'libri', 'an4')]
+    return [folder / path for path in ('nemo/train.jsonl', 'cv/train.tsv', 'csv/train.csv', 'libri',
+                                          'an4')]
 
 
 def first_batches(path):
@@ -1524,8 +1525,8 @@ def test_a_missing_clip_does_not_stop_the_others(hear, capsys):
     ('damaged.pt', 'damaged.pt: cannot be used'),
     ('run/best.pt digits.txt', 'digits.txt: cannot be used'),
     ('run/best.pt 0.wav --times', '0.wav: cannot be used (too long'),
-    ('run/best.pt 0.wav --lm_text=no.txt', 'no.txt: cannot be used'),
-    ('run/best.pt 0.wav --lm_text=digits.txt', 'digits.txt: cannot be used (it holds nothing'),
+    ('run/best.pt 0.wav --beam=4 --lm_text=no.txt', 'no.txt: cannot be used'),
+    ('run/best.pt 0.wav --beam=4 --lm_text=digits.txt', 'digits.txt: cannot be used (it holds nothing'),
 ])
 def test_what_model_cannot_use_is_a_line(command, words, hear, monkeypatch):
     monkeypatch.setattr(model, 'MOST_STEPS', 10)

@@ -56,7 +56,7 @@ class Fix(NamedTuple):
     """A change that helps to leave the plateau, and that --undo takes back.
 
     To add one: give the setting its new value as a default, FIXES an entry, and effect() in
-    test_model.py a line that shows what it changes.
+    test_model.py a line that shows what it changes; if it is ours, put it among OURS too.
     """
     setting: str   # a flag, or a field of model.Config; its default is the value with the fix
     before: object
@@ -69,8 +69,8 @@ FIXES = {
                        'Bengio 2010)'),
     'weight_init': Fix('weight_init', 0.01, 'the same for the projections below the LSTM'),
     'upsample': Fix('upsample', 'transpose',
-                    'interpolation gives ceil(T / frames_per_output) outputs exactly, '
-                    'ConvTranspose too many'),
+                    'interpolation gives ceil(T / frames_per_output) outputs, each in its place; '
+                    'ConvTranspose may give too many'),
     'dropout': Fix('dropout', 0.3,
                    'more dropout regularises later, and delays leaving the plateau'),
     'squeeze_excite': Fix('squeeze_excite', True,
@@ -121,8 +121,8 @@ FLAGS = {  # by group: name, a type or the choices, default, help
         ('test_data', str, None,
          "corpus scored once, at the end; unset: none, or the built-in corpus's; none: no test"),
         ('skip_bad', bool, False,
-         'leave out utterances that cannot be used, which else end the run: before it starts, or, '
-         f'of more than {CHECK_UP_TO:,} utterances, when they are met'),
+         'leave out utterances that cannot be used, which else end the run before it starts (of '
+         f'more than {CHECK_UP_TO:,} utterances, files that do not decode when they are met)'),
         ('overfit', COUNT, 0,
          'learn N utterances by heart, without augmentation; 0: train as usual'),
         ('num_train_samples', COUNT, 0, 'train on N utterances, drawn by the seed; 0: all'),
@@ -247,16 +247,16 @@ def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: to
     network.train()
     for number, batch in enumerate(batches):
         mels, lengths, targets, target_lengths = [x.to(args.device) for x in batch[:4]]
-        layers, lengths = network(mels, lengths, every_layer=True)
+        layers, output_lengths = network(mels, lengths, every_layer=True)
         if number == 0:
-            for finding in monitor.check_ctc(layers[-1].transpose(0, 1), targets, lengths,
+            for finding in monitor.check_ctc(layers[-1].transpose(0, 1), targets, output_lengths,
                                              target_lengths, untrained=True):
                 print('    !', finding)
         # Averaged over utterances, each one's loss divided by its number of labels: nats per label.
-        first, loss = [F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths)
-                       for log_probs in (layers[0], layers[-1])]
+        first, loss = [F.ctc_loss(log_probs.transpose(0, 1), targets, output_lengths,
+                                  target_lengths) for log_probs in (layers[0], layers[-1])]
         optimizer.zero_grad()
-        # Intermediate CTC: the first layer's own loss, a share of the whole.
+        # Intermediate CTC: the first layer's own loss is a share of the whole, 0.3 of 0.7 + 0.3.
         loss.lerp(first, args.interctc_weight).backward()
         norms = monitor.gradient_norms(getattr(network, 'module', network))
         norm = norms['gradient'].item()
@@ -271,7 +271,7 @@ def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: to
         optimizer.step()
         schedule.step()
         watched = {'train_loss': loss.item(), 'clipped': clipped} | norms
-        watched |= monitor.output_figures(layers[-1], lengths, target_lengths, letters)
+        watched |= monitor.output_figures(layers[-1], output_lengths, target_lengths, letters)
         for name, value in watched.items():
             history[name].append(float(value))
 
@@ -307,7 +307,7 @@ def evaluate(network: nn.Module, utterances: Sequence[data.Utterance], alphabet:
             rows[i] = [' '.join(utterances[i].path.name.split()), utterances[i].text,
                        data.decode(symbols, alphabet), beam,
                        data.show_path(clip.argmax(1).tolist(), alphabet)]
-    return {'loss': mean(losses or [0]),
+    return {'loss': mean(losses or [math.inf]),
             'entropy': mean(batch['entropy'] for batch in figures),
             'sound': mean(batch['sound'] for batch in figures),
             'rows': [rows[i] for i in sorted(rows)]}
@@ -329,6 +329,8 @@ def read_data(args: argparse.Namespace) -> data.Splits:
         paths = {split: path or builtin[split] for split, path in paths.items()}
     if args.overfit or args.evaluate:
         paths['valid'] = 'none'
+    if args.overfit:
+        paths['test'] = 'none'
     splits = data.read_splits(**paths, seed=args.seed, frames_per_output=args.frames_per_output,
                               check_up_to=math.inf if args.skip_bad else CHECK_UP_TO)
     faults = list(splits.faults.values())
@@ -343,7 +345,7 @@ def read_data(args: argparse.Namespace) -> data.Splits:
     random.Random(args.seed).shuffle(train)
     train = train[:args.overfit or args.num_train_samples or None]
     if args.overfit:
-        splits = splits._replace(valid=train, test=[])
+        splits = splits._replace(valid=train)
     return splits._replace(train=train)
 
 
@@ -358,7 +360,7 @@ def make_network(alphabet: list[str], args: argparse.Namespace) -> model.Recogni
     """The network of the flags, with the weights of --init_from. Raises monitor.UserError."""
     settings = {field.name: getattr(args, field.name) for field in fields(model.Config)}
     network = model.Recogniser(model.Config(**settings | {'vocab_size': len(alphabet)}))
-    if args.init_from:
+    if args.init_from and not (Path(args.run_dir) / 'state.pt').exists():
         source = model.load_checkpoint(args.init_from)
         weights = source.network.state_dict()
         if source.alphabet != alphabet:
@@ -380,8 +382,9 @@ def training_speech(splits: data.Splits, config: dict, args: argparse.Namespace)
 # ---- learning ------------------------------------------------------------------------------------
 
 def save(content: dict | str, path: Path) -> None:
-    """Write a text, or a dict of plain data and tensors, all of it or nothing. Raises OSError."""
-    with data.whole_file(path) as part:
+    """Write a text, or a dict of plain data and tensors, all of it or nothing. Raises
+    monitor.UserError."""
+    with monitor.error_at(path), data.whole_file(path) as part:
         if isinstance(content, str):
             part.write_text(content, encoding='utf-8')
         else:
@@ -421,7 +424,7 @@ def validate(network: model.Recogniser, splits: data.Splits, config: dict, log: 
              args: argparse.Namespace) -> tuple[dict, list]:
     """Score after an epoch, and add what that says to the last record of the log, with the phase
     -> scores, and rows of evaluate; both empty without validation data."""
-    *before, record = log
+    record = log[-1]
     # The same network in eval mode: where it does worse, batch norm's statistics are not right.
     some = evaluate(network, splits.train[:TRAIN_EVALUATED], config['alphabet'], args)
     record['train_eval_loss'] = some['loss']
@@ -434,7 +437,8 @@ def validate(network: model.Recogniser, splits: data.Splits, config: dict, log: 
         record |= {'valid_loss': found['loss'], 'valid_entropy': found['entropy'],
                    'valid_sound': found['sound'], 'wer': rates['wer'], 'cer': rates['cer'],
                    'deletions': rates['deletions'] / rates['words']}
-    record['phase'] = monitor.name_phase(record, lines[1], *before[-1:])
+    _, constant = lines
+    record['phase'] = monitor.name_phase(record, constant, log[-2] if len(log) > 1 else None)
     record['warnings'] = monitor.diagnose(record)
     return scores, rows
 
@@ -444,8 +448,8 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
     """Train, validate, record, save and report, epoch by epoch, after the last whole one.
 
     state.pt is all that an epoch hands on to the next, so a killed run ends with the weights of an
-    uninterrupted one. It is written last: what is done twice comes out the same. Raises
-    monitor.UserError, OSError.
+    uninterrupted one (of one process, on a CPU). It is written last: killed before that, the epoch
+    is made again, with the same result. Raises monitor.UserError, OSError.
     """
     rank, ranks = process()
     folder = Path(args.run_dir)
@@ -642,6 +646,8 @@ def run(args: argparse.Namespace) -> None:
     elif rank == 0:
         make_folder(config, args)
     if ranks > 1:
+        if args.overfit:
+            raise monitor.UserError('--overfit is for one process')
         torch.manual_seed(args.seed + rank)  # each has dropout of its own
     fit(network, splits, config, args)
     if rank == 0:
@@ -654,6 +660,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with monitor.one_line_ends('train.py'):
         args = parse_flags(argv)
     go_on = f'; to go on: python train.py --resume {shlex.quote(args.run_dir)}'
+    if args.evaluate or args.benchmark:
+        go_on = ''
     with monitor.one_line_ends('train.py', go_on):
         run(args)
 
