@@ -680,11 +680,11 @@ def print_run(run: Mapping) -> None:
 def word_errors(runs: Sequence[Mapping], column: int) -> Tensor:
     """Word errors (runs, utterances) of runs that scored the same; column: of their sentences, what
     was heard."""
-    errors = []
-    for run in runs:
-        errors.append([edit_counts(sentence[1].split(), sentence[column].split())[0]
-                       for sentence in run['sentences']])
-    return torch.tensor(errors).float()
+    def errors_of(sentence):
+        errors, *_ = edit_counts(sentence[1].split(), sentence[column].split())
+        return errors
+
+    return torch.tensor([list(map(errors_of, run['sentences'])) for run in runs]).float()
 
 
 def print_comparison(runs: Sequence[Mapping]) -> None:
@@ -747,7 +747,7 @@ def load_pyplot():
     matplotlib.use('agg')
     from matplotlib import pyplot
     pyplot.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
-                            'legend.frameon': False, 'axes.formatter.min_exponent': 4,
+                            'legend.frameon': False,
                             'text.parse_math': False})  # a $ in a text or a name is a $
     return pyplot
 
@@ -772,13 +772,14 @@ def plot_runs(runs: Sequence[Mapping], path: str) -> None:
                        color=[PHASE_COLOURS[record['phase']] for record in run['log']])
     for loss, name in zip(runs[0]['config']['plateaus'], ('uniform', 'constant')):
         losses.axhline(loss, color='0.5', linestyle=':')
-        losses.text(1, loss, f'{name} output: {loss:.2f}')
+        losses.text(1, loss, f'{name} output: {loss:.2f}', va='bottom')
     for phase, colour in PHASE_COLOURS.items():
         losses.scatter([], [], color=colour, label=f'phase: {phase}')
     for axes, label, scale in ((losses, 'CTC loss, nats per label', 'log'),
                                (wers, 'validation WER, %', 'linear'),
                                (gradients, 'gradient norm, nats per label', 'log')):
         axes.set(xlabel='epoch', ylabel=label, yscale=scale)
+        axes.yaxis.set_major_formatter('{x:g}')
         axes.legend(fontsize=7)
     figure.suptitle('\n'.join(longest_sentence(runs)), family='monospace', x=0, ha='left')
     figure.savefig(path, dpi=120)
