@@ -113,24 +113,6 @@ def plateau_fraction(loss: float, lines: Lines) -> float:
     return (uniform - loss) / max(uniform - constant, 1e-9)  # they may be equal where V is 2
 
 
-def lines_of_lengths(outputs: int, labels: int, vocab_size: int) -> Lines:
-    """plateau_lines without a corpus: of utterances of these numbers of outputs and labels.
-
-    The symbols are as frequent as English letters and the space; where there are more symbols, the
-    rest are as rare as the rarest. nan where the labels do not fit the outputs.
-    """
-    # The space and the letters, most frequent first, per 100 letters (Norvig 2013, "English letter
-    # frequency counts: Mayzner revisited").
-    english = [20.9, 12.49, 9.28, 8.04, 7.64, 7.57, 7.23, 6.51, 6.28, 5.05, 4.07, 3.82, 3.34, 2.73,
-               2.51, 2.40, 2.14, 1.87, 1.68, 1.66, 1.48, 1.05, 0.54, 0.23, 0.16, 0.12, 0.09]
-    shares = torch.tensor((english + english[-1:] * vocab_size)[:vocab_size - 1])
-    texts = max(1, min(50, 1_000_000 // (outputs * labels)))
-    draws = torch.multinomial(shares, texts * labels, replacement=True,
-                              generator=torch.Generator().manual_seed(0))
-    return plateau_lines((draws + 1).view(texts, labels).tolist(), torch.full((texts,), outputs),
-                         vocab_size)
-
-
 def plateaus_left(losses: Sequence[float], lines: Lines) -> dict[str, int | None]:
     """The updates at which a run left each plateau, None where it has not yet.
 
@@ -163,8 +145,7 @@ def gradient_norms(network: nn.Module) -> dict[str, Tensor]:
 def letter_entropy(targets: Iterable[Sequence[int]]) -> float:
     """Entropy of the targets' symbols in nats: 2.8 for English letters and the space."""
     symbols = torch.tensor(list(itertools.chain(*targets)))
-    _, counts = symbols.unique(return_counts=True)
-    return torch.special.entr(counts / len(symbols)).sum().item()
+    return torch.special.entr(torch.bincount(symbols) / len(symbols)).sum().item()
 
 
 def valid_frames(frames: int, lengths: Tensor) -> Tensor:
@@ -311,17 +292,6 @@ def judged_by(record: Mapping) -> tuple[float, float, float]:
             record.get('valid_sound', record['sound']))
 
 
-def phase_evidence(record: Mapping, lines: Lines) -> str:
-    """The figures that name_phase went by, in words."""
-    loss, entropy, sound = judged_by(record)
-    words = (f'the loss has come {plateau_fraction(loss, lines):.0%} of the way from the uniform '
-             f'to the constant line, the entropy is {entropy:.0%} of the largest, the output '
-             f'depends on the sound {sound:.0%} as much as if each label had exactly one output')
-    if 'deletions' in record:
-        words += f', {record["deletions"]:.0%} of the words are left out'
-    return words
-
-
 # ---- what is wrong -------------------------------------------------------------------------------
 
 def gradient_warnings(record: Mapping) -> Iterator[str]:
@@ -441,7 +411,13 @@ def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
     """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
     last = log[-1]
     lines = config['valid_plateaus' if 'valid_loss' in last else 'plateaus']
-    yield f'phase: {last["phase"]}; {phase_evidence(last, lines)}'
+    loss, entropy, sound = judged_by(last)
+    yield (f'phase: {last["phase"]}; the loss has come {plateau_fraction(loss, lines):.0%} of the '
+           f'way from the uniform to the constant line, the entropy is {entropy:.0%} of the '
+           f'largest, the output depends on the sound {sound:.0%} as much as if each label had '
+           'exactly one output')
+    if 'deletions' in last:
+        yield f'words left out: {last["deletions"]:.0%}'
     for line in 'uniform', 'constant':
         update = last[f'left_{line}']
         yield f'left the {line} plateau: ' + (f'at update {update}' if update else 'never')
@@ -680,11 +656,11 @@ def print_run(run: Mapping) -> None:
 def word_errors(runs: Sequence[Mapping], column: int) -> Tensor:
     """Word errors (runs, utterances) of runs that scored the same; column: of their sentences, what
     was heard."""
-    def errors_of(sentence):
-        errors, *_ = edit_counts(sentence[1].split(), sentence[column].split())
-        return errors
-
-    return torch.tensor([list(map(errors_of, run['sentences'])) for run in runs]).float()
+    errors = []
+    for run in runs:
+        errors.append([edit_counts(sentence[1].split(), sentence[column].split())[0]
+                       for sentence in run['sentences']])
+    return torch.tensor(errors).float()
 
 
 def print_comparison(runs: Sequence[Mapping]) -> None:
@@ -755,9 +731,8 @@ def load_pyplot():
 def plot_runs(runs: Sequence[Mapping], path: str) -> None:
     """Draw runs on the same axes: losses, with phases as dots and both plateaus, WER, gradient
     norms by part, and what each heard of the longest sentence. Raises OSError, ValueError."""
-    for run in runs:
-        if not run['log']:
-            raise ValueError(f'{run["name"]} has no epochs to draw')
+    if not all(run['log'] for run in runs):
+        raise ValueError('a run has no epochs to draw')
     pyplot = load_pyplot()
     figure, (losses, wers, gradients) = pyplot.subplots(1, 3, figsize=(15, 5), layout='constrained')
     for run, colour in zip(runs, itertools.cycle(COLOURS)):
@@ -840,7 +815,7 @@ def one_line_ends(program: str, go_on: str = '') -> Iterator[None]:
 def clear_status() -> None:
     """Clear what a program shows of its progress on a terminal."""
     if sys.stderr.isatty():
-        print('\r\x1b[K', end='', file=sys.stderr, flush=True)
+        print('\r\x1b[K', end='', file=sys.stderr)
 
 
 def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
@@ -857,8 +832,21 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 # ---- python monitor.py ---------------------------------------------------------------------------
 
 def print_lines(outputs: int, labels: int, vocab_size: int) -> None:
-    """Print both plateau lines without a run. Raises ValueError."""
-    uniform, constant = lines_of_lengths(outputs, labels, vocab_size)
+    """Print both plateau lines without a corpus: of texts of so many labels in so many outputs.
+
+    The symbols are as frequent as English letters and the space; where there are more symbols, the
+    rest are as rare as the rarest. Raises ValueError where the labels do not fit the outputs.
+    """
+    # The space and the letters, most frequent first, per 100 letters (Norvig 2013, "English letter
+    # frequency counts: Mayzner revisited").
+    english = [20.9, 12.49, 9.28, 8.04, 7.64, 7.57, 7.23, 6.51, 6.28, 5.05, 4.07, 3.82, 3.34, 2.73,
+               2.51, 2.40, 2.14, 1.87, 1.68, 1.66, 1.48, 1.05, 0.54, 0.23, 0.16, 0.12, 0.09]
+    shares = torch.tensor((english + english[-1:] * vocab_size)[:vocab_size - 1])
+    texts = max(1, min(50, 1_000_000 // (outputs * labels)))
+    draws = torch.multinomial(shares, texts * labels, replacement=True,
+                              generator=torch.Generator().manual_seed(0))
+    targets = (draws + 1).view(texts, labels).tolist()
+    uniform, constant = plateau_lines(targets, torch.tensor([outputs] * texts), vocab_size)
     if math.isnan(uniform):
         raise ValueError(f'{labels} labels with their repeats do not fit {outputs} outputs')
     print(f'{uniform:.2f} nats a label: every symbol equally likely, where training starts\n'
