@@ -1841,9 +1841,9 @@ def outcome(folder):
 def kill(command, folder, kill_signal, rng):
     """Start python train.py in a process and end it at a random moment, often while it writes a
     file -> what it said of that."""
-    process = subprocess.Popen([sys.executable, train.__file__, *map(str, command)], text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    # Not before it has begun: Ctrl-C while Python imports is Python's own to answer.
+    process = subprocess.Popen([sys.executable, '-u', train.__file__, *map(str, command)],
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()  # Ctrl-C while Python imports is Python's own to answer
     while process.poll() is None and not (folder / 'config.json').exists():
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 2))

@@ -192,8 +192,9 @@ def make_parser() -> argparse.ArgumentParser:
                                         'system with its ten fixes')
     group.add_argument('--only', nargs='+', choices=FIXES, metavar='FIX', default=[],
                        help='take every fix back but these')
-    # A number of threads adds in an order of its own, so it is part of a run.
-    parser.set_defaults(**asdict(NETWORK), threads=torch.get_num_threads())
+    # A number of threads adds in an order of its own, so it is part of a run. Beyond 8 little is
+    # gained, and where one waits for a core that another program has, all do.
+    parser.set_defaults(**asdict(NETWORK), threads=min(8, torch.get_num_threads()))
     return parser
 
 
