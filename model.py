@@ -11,7 +11,8 @@ output is read.
                  (B, 576, T/8, 3)     all of it: the deep path
     projection   (B, T/4, 256)        bands and channels of each path flattened, one linear layer
                  (B, T/8, 256)
-    upsampling   (B, T', 256)         each path, T' = ceil(T / frames_per_output), by interpolation;
+    upsampling   (B, T', 256)         T' = ceil(T / frames_per_output); a path whose features are
+                                      further apart (at the default the deep one) is interpolated;
                                       then early + gate * deep, the gate learnt and small at first
     BiLSTM x 2   (B, T', 512)
     head         (B, T', V)           linear, then log_softmax; symbol 0 is CTC's blank
@@ -30,7 +31,8 @@ From Python:
 
 References: Howard et al. 2019, "Searching for MobileNetV3" (table 2: the blocks; section 6.4: two
 paths, added); Touvron et al. 2021, "Going deeper with image transformers" (LayerScale: the gate);
-Graves et al. 2006, "Connectionist Temporal Classification"; Jozefowicz et al. 2015 (forget bias 1);
+Huang et al. 2016, "Deep networks with stochastic depth"; Graves et al. 2006, "Connectionist
+Temporal Classification"; Jozefowicz et al. 2015 (forget bias 1);
 Glorot & Bengio 2010 (Xavier initialisation); He et al. 2015 (initialisation of the convolutions);
 Hannun et al. 2014, "First-pass large vocabulary continuous speech recognition using bi-directional
 recurrent DNNs" (prefix beam search); Witten & Bell 1991 (the character model's smoothing); Zeyer et
