@@ -716,12 +716,11 @@ def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
     alphabet = make_alphabet(train)
     targets = [encode(u.text, alphabet) for u in train]
 
-    def plateaus(utterances):
+    def plateaus(utterances, texts):
         outputs = torch.tensor([ceil(u.frames / frames_per_output) for u in utterances])
-        return monitor.plateau_lines([encode(u.text, alphabet) for u in utterances], outputs,
-                                     len(alphabet))
+        return monitor.plateau_lines(texts, outputs, len(alphabet))
 
-    lines = plateaus(train)
+    lines = plateaus(train, targets)
     outputs = sum(u.frames for u in train) / frames_per_output
     seconds = torch.tensor([u.duration for u in train], dtype=torch.float64)
     text = ' '.join(u.text for u in train)
@@ -745,7 +744,9 @@ def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
             print(note)
     known = [f'{u.text} {u.duration}' for u in train + splits.valid + splits.test]
     return {'alphabet': alphabet, 'utterances': len(train), 'hours': seconds.sum().item() / 3600,
-            'plateaus': lines, 'valid_plateaus': plateaus(splits.valid),
+            'plateaus': lines,
+            'valid_plateaus': plateaus(splits.valid, [encode(u.text, alphabet)
+                                                      for u in splits.valid]),
             'length_correlation': correlation,
             'letter_entropy': monitor.letter_entropy(targets),
             'digest': hashlib.sha256('\n'.join(known).encode()).hexdigest()}

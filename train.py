@@ -257,7 +257,7 @@ def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: to
         first, loss = [F.ctc_loss(log_probs.transpose(0, 1), targets, output_lengths,
                                   target_lengths) for log_probs in (layers[0], layers[-1])]
         optimizer.zero_grad()
-        # Intermediate CTC: the first layer's own loss is a share of the whole, 0.3 of 0.7 + 0.3.
+        # Intermediate CTC: (1 - weight) * loss + weight * first, the first layer's own.
         loss.lerp(first, args.interctc_weight).backward()
         norms = monitor.gradient_norms(getattr(network, 'module', network))
         norm = norms['gradient'].item()
@@ -626,6 +626,8 @@ def run(args: argparse.Namespace) -> None:
         return
     join_processes(args)
     rank, ranks = process()
+    if args.overfit and ranks > 1:
+        raise monitor.UserError('--overfit is for one process')
     splits = read_data(args)
     if args.evaluate:
         make_folder({'flags': vars(args)}, args)
@@ -647,8 +649,6 @@ def run(args: argparse.Namespace) -> None:
     elif rank == 0:
         make_folder(config, args)
     if ranks > 1:
-        if args.overfit:
-            raise monitor.UserError('--overfit is for one process')
         torch.manual_seed(args.seed + rank)  # each has dropout of its own
     fit(network, splits, config, args)
     if rank == 0:
