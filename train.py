@@ -134,7 +134,7 @@ FLAGS = {  # by group: name, a type or the choices, default, help
         ('workers', COUNT, 0, 'processes that load audio; 0: the training process itself'),
     ],
     'optimisation': [
-        ('epochs', WHOLE, 6, 'passes over the training data'),
+        ('epochs', WHOLE, 5, 'passes over the training data'),
         ('batch_size', WHOLE, 8, 'utterances per update'),
         ('learning_rate', AMOUNT, 3e-4, 'base learning rate; OneCycle peaks at ten times this'),
         ('schedule', ('onecycle', 'constant'), 'onecycle', 'of the learning rate'),
