@@ -695,22 +695,10 @@ def recording_problems(wave: Tensor, rate: int) -> dict:
     }
 
 
-def length_correlation(utterances: Sequence[Utterance]) -> float | None:
-    """The correlation of durations and numbers of characters; None where it would say nothing.
-
-    That is for fewer than 50 utterances, and for texts nearly equally long.
-    """
-    lengths = np.array([(u.duration, len(u.text)) for u in utterances], dtype=float)
-    if len(lengths) < 50 or (lengths.std(0) < 0.1 * lengths.mean(0)).any():
-        return None
-    return float(np.corrcoef(lengths.T)[0, 1])
-
-
 def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
     """Print what a corpus holds for training (at least one utterance) and validation -> what is to
     be remembered of it: alphabet, utterances, hours, plateaus (losses in nats per label of uniform
-    and of constant output), length_correlation, letter_entropy, and digest, by which a change of
-    texts or durations is seen.
+    and of constant output), and digest, by which a change of texts or durations is seen.
     """
     train = splits.train
     alphabet = make_alphabet(train)
@@ -727,7 +715,6 @@ def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
     rare = [character for character, count in Counter(text).items() if count < 10]
     unseen = set(' '.join(u.text for u in splits.valid).split()).difference(text.split())
     outputs_a_label = outputs / sum(map(len, targets))
-    correlation = length_correlation(train)
     print(f'training    {len(train)} utterances, {seconds.sum() / 3600:.2f} hours, '
           f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)')
     print(f'seconds     median {seconds.median():.1f}, longest {seconds.max():.1f}')
@@ -739,7 +726,8 @@ def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
           *sorted(unseen))
     if outputs_a_label < 2:
         print('that is fast speech: try a lower --frames_per_output')
-    for note in (*splits.notes, punctuation_note(alphabet), monitor.unrelated_lengths(correlation)):
+    lengths = [(u.duration, len(u.text)) for u in train]
+    for note in *splits.notes, punctuation_note(alphabet), *monitor.unrelated_lengths(lengths):
         if note:
             print(note)
     known = [f'{u.text} {u.duration}' for u in train + splits.valid + splits.test]
@@ -747,8 +735,6 @@ def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
             'plateaus': lines,
             'valid_plateaus': plateaus(splits.valid, [encode(u.text, alphabet)
                                                       for u in splits.valid]),
-            'length_correlation': correlation,
-            'letter_entropy': monitor.letter_entropy(targets),
             'digest': hashlib.sha256('\n'.join(known).encode()).hexdigest()}
 
 

@@ -25,34 +25,45 @@ References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani &
 """
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-UNIFORM_ENTROPY = 0.95   # of ln V, the outputs' mean entropy: above, they count as uniform
-IGNORED = 0.05           # share of a healthy dependence on the sound: below, it is ignored
-LEARNT = 0.1             # of the constant line: learnt, where the validation loss is below this
-FALLING = 0.01           # of the constant line: still falling, where an epoch lowers it by more
-LEFT = 0.9               # of the constant line: the plateau is left, where the loss is below this
-EARLY = 50               # updates; their median gradient norm is the reference for later ones
-WINDOW = 20              # updates over which gradient norms and the mean loss are judged
-VANISHED = 0.01          # of a part's early median gradient norm
-EXPLODED = 10            # times a part's early median gradient norm
+LEFT = 0.9               # of the constant line: a plateau is left, where the loss is below this
+LEARNT = 0.1             # of the constant line: learnt, where the loss is below this
+USED = 0.5               # of the outputs' entropy: what the sound decides, in a network that hears
+DIVERGED = 10            # times the uniform line
+ALIKE = 2e-6             # between log-probabilities of different clips: none of them is heard
+PADDED = 8               # outputs that a batch may have behind its longest clip, and as many again
 UNREACHED = 1e-3         # of the largest part's gradient norm: below, a part gets no gradient
+MIXED = 0.01             # of the gradient of a clip's outputs: what lies in other clips' inputs
+CORRELATED = 0.25        # lengths of recordings and of their transcripts, at least
 SLOW_CHANGE = 0.05       # of the weights' norm in an epoch: below, they hardly move
 FAST_CHANGE = 2.0        # above, they change too fast
 FEW_UPDATES = 500        # fewer may not be enough to leave the plateau
-CORRELATED = 0.3         # lengths of recordings and of their transcripts, at least
+
+PLATEAUS = ('uniform', 'constant')
+PHASES = {
+    'uniform': 'every network starts here; if it stays for hundreds of updates, raise the learning '
+               'rate, or initialise the head with larger weights',
+    'constant': 'what is heard is of no use yet, as in every network for a while; if it stays, '
+                'compare five recordings with their texts, see whether ten can be learnt by heart, '
+                'and raise the learning rate',
+    'learning': 'the plateau is left',
+    'learnt': 'the plateau is left',
+}
 
 Lines = tuple[float, float]  # losses in nats per label: of a uniform and of a constant output
 
@@ -67,41 +78,59 @@ def outputs_needed(symbols: Sequence) -> int:
     return len(symbols) + sum(a == b for a, b in zip(symbols, symbols[1:]))
 
 
-def plateau_lines(targets: Sequence[Sequence[int]], lengths: Tensor,
+def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int],
                   vocab_size: int, blank: int = 0) -> Lines:
     """The losses, in nats per label, of a uniform output and of the best constant one.
 
-    targets: symbols by utterance; lengths: outputs by utterance, (N,). Both lines come from
-    F.ctc_loss itself. The second is the best over the labels' share, of which each label gets what
-    its frequency in the texts is, and the blank the rest (shares that are free gain less than 2 %
+    targets: symbols by utterance; lengths: outputs by utterance. Both lines come from F.ctc_loss
+    itself. The second is the best over the labels' share, of which each label gets what its
+    frequency in the texts is, and the blank the rest (shares that are free gain less than 2 %
     more). Up to 500 utterances count, fewer where they are long, of those that have labels and
     enough outputs for them; nan where none has.
     """
-    possible = [(target, length) for target, length in zip(targets, lengths.tolist())
+    possible = [(list(map(int, target)), int(length)) for target, length in zip(targets, lengths)
                 if 0 < outputs_needed(target) <= length]
     if not possible:
         return math.nan, math.nan
-    possible = possible[::math.ceil(max(len(possible) / 500, int(lengths.sum()) / 200_000))]
-    symbols = torch.tensor(list(itertools.chain(*targets)))
+    possible = every_few(possible, 500, 200_000)
+    symbols = torch.tensor([symbol for target, _ in possible for symbol in target])
     frequency = torch.bincount(symbols, minlength=vocab_size) / len(symbols)
 
-    def loss(distribution, utterances):
-        texts, outputs = zip(*utterances)
-        log_probs = distribution.clamp_min(1e-30).log()
-        return F.ctc_loss(log_probs.expand(max(outputs), len(texts), vocab_size),
-                          torch.tensor(list(itertools.chain(*texts))), outputs,
-                          tuple(map(len, texts)), blank).item()
+    def uniform(text, length):  # of V ** length paths, these collapse to the text
+        free = length + len(text) - outputs_needed(text) + len(text)
+        return length * math.log(vocab_size) - math.log(math.comb(free, 2 * len(text)))
 
     def constant(share, utterances):
         distribution = share * frequency
         distribution[blank] = 1 - share
-        return loss(distribution, utterances)
+        texts, outputs = zip(*utterances)
+        log_probs = distribution.clamp_min(1e-30).log()
+        log_probs = log_probs.expand(max(outputs), len(texts), vocab_size)
+        return losses_per_label(log_probs, texts, torch.tensor(outputs), blank).mean().item()
 
-    # On a log scale: with many outputs a label the best share is far below a hundredth. That of 16
-    # utterances is nearly that of all.
-    shares = torch.logspace(-5, 0, 61)
-    best = min(shares, key=lambda share: constant(share, possible[::len(possible) // 16 + 1]))
-    return loss(torch.full((vocab_size,), 1 / vocab_size), possible), constant(best, possible)
+    # On a log scale: with many outputs a label the best share is far below a hundredth. It is
+    # sought in tenfold steps, then in finer ones; that of a few utterances is nearly that of all.
+    some = every_few(possible, 16, 5000)
+    of_some = functools.cache(lambda share: constant(share, some))
+    best, step = 0.1, 10.0
+    while step > 1.2:
+        best = min(best / step, best, min(best * step, 1.0), key=of_some)
+        step **= 0.5
+    return mean(uniform(*one) / len(one[0]) for one in possible), constant(best, possible)
+
+
+def every_few(utterances: list, most: int, most_outputs: int) -> list:
+    """At most so many (text, outputs), and about so many outputs, taken at equal steps."""
+    outputs = sum(length for _, length in utterances)
+    return utterances[::math.ceil(max(len(utterances) / most, outputs / most_outputs))]
+
+
+def losses_per_label(log_probs: Tensor, texts: Sequence[Sequence[int]], lengths: Tensor,
+                     blank: int) -> Tensor:
+    """CTC's loss of each utterance, divided by its number of labels (B,)."""
+    sizes = torch.tensor(list(map(len, texts)))
+    labels = torch.tensor(list(itertools.chain(*texts)))
+    return F.ctc_loss(log_probs, labels, lengths, sizes, blank, reduction='none') / sizes
 
 
 def plateau_fraction(loss: float, lines: Lines) -> float:
@@ -113,17 +142,18 @@ def plateau_fraction(loss: float, lines: Lines) -> float:
     return (uniform - loss) / max(uniform - constant, 1e-9)  # they may be equal where V is 2
 
 
-def plateaus_left(losses: Sequence[float], lines: Lines) -> dict[str, int | None]:
+def plateaus_left(losses: Sequence[float], lines: Lines,
+                  window: int = 20) -> dict[str, int | None]:
     """The updates at which a run left each plateau, None where it has not yet.
 
-    losses: of every update so far. The uniform plateau is left when the mean of the last 20 losses
-    is closer to the constant line than to the uniform one, the constant one when that mean is below
-    90 % of its line.
+    losses: of every update so far. The uniform plateau is left when the mean of the last ones, a
+    window of them, is closer to the constant line than to the uniform one, the constant one when
+    that mean is below 90 % of its line.
     """
-    means = [sum(losses[i - WINDOW:i]) / WINDOW for i in range(WINDOW, len(losses) + 1)]
+    means = [mean(losses[i - window:i]) for i in range(window, len(losses) + 1)]
 
     def first_below(limit):
-        return next((update for update, loss in enumerate(means, WINDOW) if loss < limit), None)
+        return next((update for update, loss in enumerate(means, window) if loss < limit), None)
 
     return {'left_uniform': first_below(sum(lines) / 2),
             'left_constant': first_below(LEFT * lines[1])}
@@ -139,13 +169,7 @@ def gradient_norms(network: nn.Module) -> dict[str, Tensor]:
         gradients = [p.grad for p in child.parameters() if p.grad is not None]
         if gradients:
             norms[f'gradient.{name}'] = nn.utils.get_total_norm(gradients)
-    return norms | {'gradient': torch.stack(list(norms.values())).norm()}
-
-
-def letter_entropy(targets: Iterable[Sequence[int]]) -> float:
-    """Entropy of the targets' symbols in nats: 2.8 for English letters and the space."""
-    symbols = torch.tensor(list(itertools.chain(*targets)))
-    return torch.special.entr(torch.bincount(symbols) / len(symbols)).sum().item()
+    return norms | {'gradient': nn.utils.get_total_norm(norms.values())}
 
 
 def valid_frames(frames: int, lengths: Tensor) -> Tensor:
@@ -154,54 +178,21 @@ def valid_frames(frames: int, lengths: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def output_figures(log_probs: Tensor, lengths: Tensor, target_lengths: Tensor, letters: float,
-                   blank: int = 0) -> dict[str, float]:
+def output_figures(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> dict[str, float]:
     """What a batch's outputs (B, T', V) are like; log_probs of clips of lengths (B,).
-
-    target_lengths: of the transcripts, in labels (B,); letters: their letter_entropy, in nats.
 
     entropy    mean over outputs, as a share of ln V
     blank      share of outputs whose best symbol is the blank
-    sound      how much the outputs depend on the sound: their mutual information with it, as a
-               share of h(r) + r * H(letters), which giving each label one output would show
-               (r: labels an output, up to 0.5, where h, the binary entropy, has its top)
+    sound      how much of the outputs the sound decides: their mutual information with it, as a
+               share of their entropy; 0 where it is ignored, 1 where every output is certain
     """
     probabilities = log_probs[valid_frames(log_probs.shape[1], lengths)].exp()     # (N, V)
     entropy = torch.special.entr(probabilities).sum(1).mean().item()
-    r = min(0.5, max(1, int(target_lengths.sum())) / len(probabilities))
-    one_output_a_label = r * (letters - math.log(r)) - (1 - r) * math.log(1 - r)
     # H(mean p) - mean H(p) is the mutual information of output and symbol.
-    marginal = torch.special.entr(probabilities.mean(0)).sum().item()
+    together = torch.special.entr(probabilities.mean(0)).sum().item()
     return {'entropy': entropy / math.log(log_probs.shape[2]),
             'blank': (probabilities.argmax(1) == blank).double().mean().item(),
-            'sound': (marginal - entropy) / one_output_a_label}
-
-
-def epoch_summary(history: Mapping[str, Sequence[float]], updates: int) -> dict:
-    """The means over a run's last updates, an epoch's, of all that was watched -> keys of the log.
-
-    And which parts of the network have gradients that are wrong:
-
-    vanished    norms stayed, for 20 updates, below a hundredth of their early median
-    exploded    norms had, over 20 updates, a median above ten times that
-
-    Norms are held against those of the run's own first 50 updates. Fixed limits would depend on the
-    loss: summed over a batch and not averaged, it has gradients as many times larger as the batch
-    has utterances and each of them labels.
-    """
-    summary = {name: mean(values[-updates:]) for name, values in history.items()}
-    wrong = {'vanished': [], 'exploded': []}
-    for name in gradient_parts(history):
-        judged = history[name][EARLY:][-updates - WINDOW + 1:]
-        if len(judged) < WINDOW:
-            continue
-        windows = np.lib.stride_tricks.sliding_window_view(judged, WINDOW)
-        early = median(history[name][:EARLY])
-        if (windows.max(1) < VANISHED * early).any():
-            wrong['vanished'].append(name)
-        if (np.median(windows, 1) > EXPLODED * early).any():
-            wrong['exploded'].append(name)
-    return summary | wrong
+            'sound': (together - entropy) / max(together, 1e-9)}
 
 
 def gradient_parts(record: Iterable[str]) -> list[str]:
@@ -261,217 +252,66 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict:
 
 # ---- phases --------------------------------------------------------------------------------------
 
-def name_phase(record: Mapping, constant: float, before: Mapping | None = None) -> str:
-    """Where a network stands after an epoch: 'uniform', 'constant', 'learning' or 'learnt'.
+def name_phase(loss: float, lines: Lines) -> str:
+    """Where a network stands by its loss, in nats per label, and the lines of the same utterances.
 
-    record: of the log, by validation where it has some; constant: the constant line; before: the
-    record of the epoch before, if there was one.
-
-    uniform    all symbols are nearly equally likely, and the output does not depend on the sound
-    constant   the output does not depend on the sound, as in blank collapse, or to no use: the
-               loss is not a tenth below that of the best output that ignores the sound
-    learning   it does, to some use
-    learnt     ... and the loss, below a tenth of the constant line, falls by less than a hundredth
-               of that line, or did so before
+    uniform    nearer to the uniform line than to the constant one, or above both
+    constant   not a tenth below the constant line, as in blank collapse: what the network hears is
+               of no use yet
+    learning   it is of use
+    learnt     the loss is below a tenth of the constant line
     """
-    loss, entropy, sound = judged_by(record)
-    if sound < IGNORED and entropy > UNIFORM_ENTROPY:
-        return 'uniform'
-    if sound < IGNORED or loss > LEFT * constant:
-        return 'constant'
-    if loss > LEARNT * constant or before is None:
-        return 'learning'
-    falls = loss < judged_by(before)[0] - FALLING * constant
-    return 'learning' if falls and before.get('phase') != 'learnt' else 'learnt'
-
-
-def judged_by(record: Mapping) -> tuple[float, float, float]:
-    """Loss, entropy and dependence on the sound, by validation where there is some."""
-    return (record.get('valid_loss', record['train_loss']),
-            record.get('valid_entropy', record['entropy']),
-            record.get('valid_sound', record['sound']))
-
-
-# ---- what is wrong -------------------------------------------------------------------------------
-
-def gradient_warnings(record: Mapping) -> Iterator[str]:
-    """What is wrong with an epoch's gradients, by part."""
-    for part in record['exploded']:
-        yield (f'exploding {part}: norm {record[part]:.1e}, over {EXPLODED} times that of the '
-               f'first {EARLY} updates; lower --learning_rate')
-    if record['phase'] not in ('uniform', 'constant'):
-        return  # what has been learnt needs no gradient any more
-    parts = gradient_parts(record)
-    strongest = max(parts, key=record.get)
-    for part in parts:
-        evidence = ''
-        if record[part] < UNREACHED * record[strongest]:
-            evidence = f'norm {record[part]:.1e}, {strongest} has {record[strongest]:.1e}'
-        if part in record['vanished']:
-            evidence = f'for {WINDOW} updates below {VANISHED:.0%} of that of the first {EARLY}'
-        if evidence:
-            yield (f'vanishing {part}: {evidence}; check the initialisation of the layers above '
-                   'that part')
-
-
-def diagnose(record: Mapping) -> list[str]:
-    """One epoch's record of the log -> what is wrong in words, each with a next step; [] if
-    healthy."""
-    warnings = []
-    if record['train_loss'] < -1e-4:
-        warnings.append('negative CTC loss, which no probabilities give; apply log_softmax to the '
-                        'outputs, and keep the blank out of the targets')
-    warnings += gradient_warnings(record)
-    batch_norm = batch_norm_warning(record)
-    if batch_norm:
-        warnings.append(batch_norm)
-    elif record['phase'] == 'uniform':
-        warnings.append('uniform output: every symbol is nearly equally likely; if it lasts beyond '
-                        'the first epochs, raise --learning_rate')
-    elif record['phase'] == 'constant':
-        warnings.append(f'constant output, {record["blank"]:.1%} of it blank in training; usual '
-                        'early on. If it stays, see what python monitor.py says of the run')
-    return warnings
-
-
-def batch_norm_warning(record: Mapping) -> str | None:
-    """What is wrong where a network that has begun to learn does worse on its training utterances
-    in eval mode, else None."""
-    in_training, in_eval = record['train_loss'], record['train_eval_loss']
-    if record['left_constant'] is None or in_eval <= 1.5 * in_training + 0.1:
-        return None
-    return (f'the loss of training utterances is {in_eval:.3f} in eval mode, {in_training:.3f} in '
-            "training: batch norm's running statistics are not those of its batches; give them a "
-            'larger momentum, or make more updates')
-
-
-def unrelated_lengths(correlation: float | None) -> str | None:
-    """What is wrong where the lengths of recordings and transcripts hardly correlate, else None."""
-    if correlation is None or correlation >= CORRELATED:
-        return None
-    return ('recordings and transcripts do not belong together: their lengths have a correlation '
-            f'of {correlation:.2f}, in speech it is above 0.5; listen to five recordings and '
-            'compare their texts')
-
-
-def stuck_reason(log: Sequence[Mapping]) -> str:
-    """Why a run has not left its plateau, and what to try first."""
-    last = log[-1]
-    updates = last['updates']
-    moved = max(record['weight_change'] for record in log)
-    if moved < SLOW_CHANGE:
-        return (f'the weights hardly move: at most {moved:.1%} of their size in an epoch; raise '
-                '--learning_rate tenfold')
-    if moved > FAST_CHANGE:
-        return (f'the weights change too fast: by {moved:.0%} of their size in an epoch; lower '
-                '--learning_rate to a tenth')
-    if any(warning.startswith('vanishing') for warning in last['warnings']):
-        return ('the gradient does not reach every part of the network; see the warning, and '
-                'what initialises the layers above that part')
-    if updates < FEW_UPDATES:
-        return (f'{updates} updates are few: a plateau may last {FEW_UPDATES} and more; raise '
-                '--epochs, or lower --batch_size')
-    return (f'still on the plateau after {updates} updates, though gradients and steps are of a '
-            'healthy size; can it learn ten utterances (train.py --overfit 10)? If so, give it '
-            'fewer outputs a label (--frames_per_output)')
-
-
-def next_step(log: Sequence[Mapping], config: Mapping) -> str:
-    """What to try first after a run of these records of the log."""
-    last = log[-1]
-    stuck = last['phase'] in ('uniform', 'constant')
-    unrelated = unrelated_lengths(config['length_correlation'])
-    batch_norm = batch_norm_warning(last)
-    if batch_norm:
-        return batch_norm
-    if stuck and unrelated:
-        return unrelated
-    if stuck and last['left_constant'] is not None:
-        return ('the network fits the training utterances alone; get more of them, and check that '
-                'each transcript belongs to its recording')
-    if stuck:
-        return stuck_reason(log)
-    if last['clipped'] > 0.9 and plateau_fraction(last['train_loss'], config['plateaus']) < 1.1:
-        return 'nearly all updates are clipped; halve --learning_rate'
-    if 'wer' not in last:
-        return 'there is no validation data; give --valid_data'
-    if last['wer'] > 80 and last['cer'] < 25:
-        return ('the letters are right and the words are not; is the space a symbol of its own, '
-                'and not the blank?')
-    if last['wer'] == 0:
-        return 'there are no errors left to learn from; take harder --valid_data'
-    if last['valid_loss'] > 2 * last['train_loss']:
-        return ('training is learnt better than validation; get more data, or give a higher '
-                '--dropout and, with it, more --epochs')
-    return ('no warning applies; if the last epochs still improved, start a new run with more '
-            '--epochs')
-
-
-def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
-    """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
-    last = log[-1]
-    lines = config['valid_plateaus' if 'valid_loss' in last else 'plateaus']
-    loss, entropy, sound = judged_by(last)
-    yield (f'phase: {last["phase"]}; the loss has come {plateau_fraction(loss, lines):.0%} of the '
-           f'way from the uniform to the constant line, the entropy is {entropy:.0%} of the '
-           f'largest, the output depends on the sound {sound:.0%} as much as if each label had '
-           'exactly one output')
-    if 'deletions' in last:
-        yield f'words left out: {last["deletions"]:.0%}'
-    for line in 'uniform', 'constant':
-        update = last[f'left_{line}']
-        yield f'left the {line} plateau: ' + (f'at update {update}' if update else 'never')
-    if 'wer' in last:
-        best = best_epoch(log)
-        yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
-               f"CER {best['cer']:.2f} %")
-    yield f'how to go on: {next_step(log, config)}'
-
-
-def best_epoch(log: Sequence[Mapping]) -> Mapping:
-    """The record of the lowest validation WER; of equal ones that of the lowest CER, of those the
-    last; without validation the last. best.pt holds it."""
-    return min(reversed(log), key=lambda record: (record.get('wer', 0), record.get('cer', 0)))
+    _, constant = lines
+    limits = {'uniform': sum(lines) / 2, 'constant': LEFT * constant, 'learning': LEARNT * constant}
+    return next((phase for phase, limit in limits.items() if loss > limit), 'learnt')
 
 
 # ---- a batch of anybody's network ----------------------------------------------------------------
 
-@torch.no_grad()
 def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor,
               blank: int = 0, untrained: bool = False) -> list[str]:
     """What is wrong with a batch as F.ctc_loss takes it, in words, each with a next step.
 
-    log_probs (T, B, V); targets (B, S), or (sum of target_lengths,); both lengths (B,). Shapes come
-    first, then symbols, normalisation and lengths. Where all these are right, it is judged what the
-    outputs have learnt, and [] means that the network has begun to; untrained: that is left out.
+    log_probs (T, B, V); targets (B, S), or (sum of target_lengths,); both lengths (B,). A wrong
+    shape hides the rest; symbols, normalisation and lengths are judged together, and where all
+    these are right, what the outputs have learnt. [] means that the network has begun to learn;
+    untrained: the last part is left out.
     """
+    findings, batch = read_batch(log_probs, targets, input_lengths, target_lengths, blank)
+    if not findings and not untrained:
+        findings = list(judge([look(*batch, blank)]))
+    return findings
+
+
+def read_batch(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor,
+               blank: int) -> tuple[list[str], tuple]:
+    """Of what F.ctc_loss takes: what breaks its contract, in words; log_probs (T, B, V) in single
+    precision, the texts without padding, the lengths (B,)."""
     whole = []
     for name, value in (('targets', targets), ('input_lengths', input_lengths),
                         ('target_lengths', target_lengths)):
-        whole.append(torch.as_tensor(value).cpu())
-        if whole[-1].is_floating_point():
+        value = torch.as_tensor(value).cpu()
+        if (value % 1).any():
             return [f'{name} are not whole numbers; where lengths are shares of the longest, '
-                    'multiply them by its number of outputs, and round']
-    targets, input_lengths, target_lengths = whole
-    log_probs = torch.as_tensor(log_probs).float().cpu()
-    shape_fault = wrong_shape(log_probs, targets, input_lengths, target_lengths)
-    if shape_fault:
-        return [shape_fault]
-    if not 0 <= blank < log_probs.shape[2]:
-        return [f'blank is {blank}, and the symbols are 0 to {log_probs.shape[2] - 1}; give the '
-                'one that the head has for it']
+                    'multiply them by its number of outputs, and round'], ()
+        whole.append(value.long())
+    targets, lengths, sizes = whole
+    log_probs = torch.as_tensor(log_probs).detach().float().cpu()
+    fault = wrong_shape(log_probs, targets, lengths, sizes)
+    if fault:
+        return [fault], ()
     if targets.dim() == 1:
-        targets = nn.utils.rnn.pad_sequence(targets.split(target_lengths.tolist()), True)
-    texts = [row[:n].tolist() for row, n in zip(targets, target_lengths.tolist())]
-    if not any(texts):
-        return ['no utterance has a label; give the transcripts']
+        targets = nn.utils.rnn.pad_sequence(targets.split(sizes.tolist()), True)
+    texts = [row[:size].tolist() for row, size in zip(targets, sizes)]
     findings = [*check_symbols(texts, log_probs.shape[2], blank),
-                *check_normalisation(log_probs, input_lengths),
-                *check_lengths(log_probs, texts, input_lengths)]
-    if findings or untrained:
-        return findings
-    loss = F.ctc_loss(log_probs, targets, input_lengths, target_lengths, blank).item()
-    return list(check_outputs(log_probs.transpose(0, 1), texts, input_lengths, loss, blank))
+                *check_normalisation(log_probs, lengths),
+                *check_lengths(log_probs, texts, lengths)]
+    return findings, (log_probs, texts, lengths)
+
+
+def sums_to_one(probabilities: Tensor, dim: int) -> bool:
+    """Whether nearly all do, as exactly as half precision has them."""
+    return bool(((probabilities.sum(dim) - 1).abs() < 0.07).float().mean() > 0.5)
 
 
 def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
@@ -479,20 +319,24 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
     """What is wrong with the arguments' shapes."""
     batch = target_lengths.numel()
     shape = tuple(log_probs.shape)
-    if log_probs.dim() != 3 or log_probs.numel() == 0:
-        return (f'log_probs has the shape {shape}, not (T, B, V); of one clip, take '
-                'log_probs.unsqueeze(1)')
+    where = f'log_probs has the shape {shape} for {batch} target lengths'
+    if len(shape) != 3 or 0 in shape:
+        return f'{where}, not (T, B, V); of one clip, take log_probs.unsqueeze(1)'
+    if shape[0] == batch and sums_to_one(log_probs.exp(), 1) > sums_to_one(log_probs.exp(), 2):
+        return f'{where}; that looks like (B, V, T), so take log_probs.permute(2, 0, 1)'
     if shape[1] != batch:
         advice = 'see which dimension is the batch'
         if shape[0] == batch:
             advice = 'that looks like (B, T, V), so take log_probs.transpose(0, 1)'
-        return f'log_probs has the shape {shape} for {batch} target lengths; {advice}'
+        elif batch % shape[1] == 0:
+            advice = (f'that looks like {batch // shape[1]} parts of the batch joined along time, '
+                      'as DataParallel does; let the network return (B, T, V), and transpose then')
+        return f'{where}; {advice}'
     if input_lengths.numel() != batch:
         return (f'{input_lengths.numel()} input lengths and {batch} target lengths; give one of '
                 'each for every utterance')
-    if input_lengths.min() < 1 or target_lengths.min() < 0:
-        return (f'lengths go down to {int(input_lengths.min())} outputs and '
-                f'{int(target_lengths.min())} labels; leave empty utterances out')
+    if target_lengths.min() < 0:
+        return f'lengths go down to {int(target_lengths.min())} labels; count those of each text'
     in_rows = len(targets) == batch and targets[0].numel() >= target_lengths.max()
     if len(targets) != target_lengths.sum() if targets.dim() == 1 else not in_rows:
         return (f'targets has the shape {tuple(targets.shape)} for {batch} utterances of up to '
@@ -501,16 +345,26 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
 
 
 def check_symbols(texts: Sequence[Sequence[int]], vocab_size: int, blank: int) -> Iterator[str]:
-    """Targets that are not labels."""
+    """Targets that are not labels, or say nothing."""
     symbols = list(itertools.chain(*texts))
-    blanks = symbols.count(blank)
-    if blanks:
+    if not 0 <= blank < vocab_size:
+        yield (f'blank is {blank}, and the symbols are 0 to {vocab_size - 1}; give the one that '
+               'the head has for it')
+    if negative := sum(symbol < 0 for symbol in symbols):
+        yield (f'{negative} of {len(symbols)} labels are negative: padding is counted in '
+               'target_lengths; give the lengths of the texts without it')
+    if blanks := symbols.count(blank):
         yield (f'{blanks} of {len(symbols)} labels are the blank, symbol {blank}; number the '
                'letters so that none has it, and leave padding out of target_lengths')
-    outside = sum(not 0 <= symbol < vocab_size for symbol in symbols)
-    if outside:
+    if outside := sum(symbol >= vocab_size for symbol in symbols):
         yield (f'{outside} of {len(symbols)} labels are not between 0 and {vocab_size - 1}; make '
                'the head as large as the alphabet and the blank')
+    if empty := sum(not text for text in texts):
+        yield (f'{empty} of {len(texts)} texts have no label; see whether the loader drops '
+               'letters that the alphabet lacks, or recordings have no transcript')
+    if len(symbols) > 3 and len(texts) > 1 and len(set(symbols)) == 1:
+        yield (f'all {len(symbols)} labels are symbol {symbols[0]}; see whether the loader drops, '
+               'or takes for one, the letters that the alphabet lacks, as capitals')
 
 
 def check_normalisation(log_probs: Tensor, input_lengths: Tensor) -> Iterator[str]:
@@ -518,16 +372,11 @@ def check_normalisation(log_probs: Tensor, input_lengths: Tensor) -> Iterator[st
     outputs = log_probs.transpose(0, 1)[valid_frames(len(log_probs), input_lengths)]  # (N, V)
     if outputs.isnan().any() or outputs.isposinf().any():
         yield 'log_probs holds NaN or infinity; look for the first layer whose output does'
+    elif len(outputs) == 0 or sums_to_one(outputs.exp(), 1):
         return
-
-    def ones(totals):
-        return bool((totals - 1).abs().max() < 0.02)
-
-    if ones(outputs.exp().sum(1)):
-        return
-    if outputs.min() >= 0 and ones(outputs.sum(1)):
+    elif outputs.min() >= 0 and sums_to_one(outputs, 1):
         yield 'log_probs holds probabilities, not their logarithms; use log_softmax for softmax'
-    elif ones(log_probs.exp().sum(0)) or ones(log_probs.exp().sum(1)):
+    elif any(sums_to_one(log_probs.exp(), dim) for dim in (0, 1)):
         yield ('log_probs is normalised over time or over the batch; take log_softmax over the '
                'symbols, the last dimension')
     else:
@@ -539,50 +388,215 @@ def check_lengths(log_probs: Tensor, texts: Sequence[Sequence[int]],
                   input_lengths: Tensor) -> Iterator[str]:
     """Numbers of outputs that cannot be right."""
     frames = log_probs.shape[0]
-    longest = int(input_lengths.max())
+    shortest, longest = int(input_lengths.min()), int(input_lengths.max())
     if longest > frames:
         yield (f'input_lengths go up to {longest} where there are {frames} outputs; divide them '
                "by the network's stride, as it does")
+        return
+    if shortest < 1 or 2 * longest <= frames - PADDED:
+        yield (f'input_lengths are {shortest} to {longest} of {frames} outputs; no label can be in '
+               'the others, so see whether lengths are divided too often, or clips padded too far')
         return
     missing = torch.tensor(list(map(outputs_needed, texts))) - input_lengths
     if missing.max() > 0:
         yield (f'{int((missing > 0).sum())} of {len(texts)} utterances have fewer outputs than '
                f'labels and repeats, by up to {int(missing.max())}, so their loss is infinite; '
                'make more outputs a second, or leave them out')
-    labels = sorted(map(len, texts))
-    last = log_probs[longest - 1].exp()                                # (B, V)
-    shortest = texts.index(min(texts, key=len))
-    alike = int(((last - last[shortest]).abs().amax(1) < 1e-3).sum())
-    same = len(texts) > 1 and bool((input_lengths == longest).all())
-    if same and longest == frames and (labels[-1] > 1.5 * labels[0] or 1 < alike < len(texts)):
-        yield (f'every input length is {frames}, the padded one, for {labels[0]} to {labels[-1]} '
-               f'labels, and {alike} of the last outputs are alike; give each clip its own '
-               'length, unless all are equally long')
 
 
-def check_outputs(log_probs: Tensor, texts: Sequence[Sequence[int]], lengths: Tensor, loss: float,
-                  blank: int) -> Iterator[str]:
-    """Outputs (B, T, V) that have learnt nothing, by the loss, its two lines and the phase."""
-    uniform, constant = plateau_lines(texts, lengths, log_probs.shape[2], blank)
-    summary = output_figures(log_probs, lengths, torch.tensor(list(map(len, texts))),
-                             letter_entropy(texts), blank)
-    phase = name_phase(summary | {'train_loss': loss}, constant)
+def look(log_probs: Tensor, texts: Sequence[Sequence[int]], lengths: Tensor, blank: int) -> dict:
+    """What a batch's outputs (T, B, V) have learnt, in plain numbers: output_figures, the phase and
+    what it was judged by, and
+
+    losses    of the utterances, as shares of the constant line
+    lengths   of the utterances, in outputs and in labels
+    apart     the largest difference of log-probabilities between the shortest text's clip, which
+              has most padding, and another
+    ends      how many clips end as that one does, where all are as long as the batch
+    spread    ... of two symbols
+    """
+    lines = plateau_lines(texts, lengths.tolist(), log_probs.shape[2], blank)
+    losses = losses_per_label(log_probs, texts, lengths, blank)
+    loss = losses.mean().item()
+    shared = log_probs[:int(lengths.min())]
+    apart = shared - shared[:, [texts.index(min(texts, key=len))]]
+    apart = apart.abs().amax(2)                                                    # (T, B)
+    ends = (apart[-3:].amax(0) < 0.05 * apart.amax()).sum().item()
+    return output_figures(log_probs.transpose(0, 1), lengths, blank) | {
+        'loss': loss, 'lines': lines, 'phase': name_phase(loss, lines),
+        'losses': (losses / lines[1]).tolist(),
+        'lengths': list(zip(lengths.tolist(), map(len, texts))),
+        'apart': apart.amax().item() if len(texts) > 1 else math.inf,
+        'ends': ends if len(shared) == len(log_probs) else 0,
+        'spread': (shared.amax(2) - shared.amin(2)).max().item()}
+
+
+def judge(calls: Sequence[Mapping]) -> Iterator[str]:
+    """What is wrong, each with a next step, of what look, or Watch, has seen so far; and the phase,
+    where it is a plateau's, or new."""
+    last = calls[-1]
+    loss, (uniform, constant), phase = last['loss'], last['lines'], last['phase']
     where = (f'the loss is {loss:.2f} nats a label, that of a uniform output {uniform:.2f}, of the '
              f'best constant one {constant:.2f}')
-    shared = log_probs[:, :int(lengths.min())].exp()
-    alike = len(texts) > 1 and bool((shared - shared[:1]).abs().max() < 1e-4)
-    if alike and loss > LEFT * constant:
+    wrong = [*judge_parts(calls), *judge_course(calls)]
+    if loss > (DIVERGED if len(calls) == 1 else 1.2) * uniform:
+        yield f'diverged: {where}; lower the learning rate, clip gradients, and start again'
+    elif wrong:
+        yield from wrong
+    elif 4 <= last['ends'] < len(last['losses']):
+        yield (f'every input length is the padded one: the last outputs of {last["ends"]} clips of '
+               f'{len(last["losses"])} are alike; give each clip its own length')
+    elif phase in PLATEAUS and last['apart'] < ALIKE:
         yield (f'every utterance gets the same outputs; {where}; see whether the sound reaches the '
                'network: inputs that are all zero, a layer that is dead or cut off')
-    elif summary['sound'] > IGNORED and loss > constant:
+    elif len(calls) == 1 and loss > constant and last['sound'] > USED:
         yield (f'the output depends on the sound, and yet {where}; check that each transcript '
                "belongs to its recording, and that blank and alphabet are the network's own")
-    elif phase == 'uniform':
-        yield (f'phase uniform: {where}; every network starts here; if it stays for hundreds of '
-               'updates, raise the learning rate, or initialise the head with larger weights')
-    elif phase == 'constant':
-        yield (f'phase constant: the output makes no use of the sound ({where}); if it stays, '
-               'see whether gradients reach the first layer and ten utterances can be learnt')
+    elif any(call['phase'] in PLATEAUS for call in calls[-2:]):
+        yield f'phase {phase}: {where}; {PHASES[phase]}'
+
+
+def judge_parts(calls: Sequence[Mapping]) -> Iterator[str]:
+    """What is wrong with the network, of what Watch has seen."""
+    last = calls[-1]
+    norms = last.get('gradients', {})
+    for part, norm in norms.items():
+        faint = UNREACHED * max(norms.values())
+        if norm == 0 or norm < faint and last['phase'] in PLATEAUS:
+            cause = 'look above it for detach(), no_grad(), a dead layer or very small weights'
+            if calls[0]['gradients'][part] > faint:
+                cause = 'it did at first, so lower the learning rate, and start again'
+            yield (f'the gradient does not reach {part}: its norm is {norm:.1e}, that of another '
+                   f'part {max(norms.values()):.1e}; {cause}')
+        elif len(calls) > 1 and calls[-2]['weights'][part] == last['weights'][part]:
+            yield (f'the weights of {part} have not changed since the last call; give its '
+                   'parameters to the optimizer, and see that it steps')
+    if last.get('mixed', 0) > MIXED:
+        yield (f'clips mix: {last["mixed"]:.0%} of the gradient of the first one\'s outputs lies '
+               'in the inputs of others; look for a reshape or view in place of a transpose, and '
+               'for layers that take the batch for time (batch_first)')
+    elif last['phase'] not in PLATEAUS and last.get('eval_loss', 0) > 1.5 * last['loss'] + 0.1:
+        yield (f'training and eval mode differ: the loss of this batch is {last["loss"]:.3f} and '
+               f"{last['eval_loss']:.3f}; batch norm's running statistics are not those of its "
+               'batches, so give them a larger momentum, or make more updates')
+
+
+def judge_course(calls: Sequence[Mapping]) -> Iterator[str]:
+    """What is wrong with transcripts or outputs, of what Watch has seen after its first call."""
+    later = calls[1:]
+    if len(later) < 4:
+        return
+    losses = np.concatenate([call['losses'] for call in later])
+    spreads = [call['spread'] for call in later]
+    phases = {call['phase'] for call in later}
+    far = (losses > 1).mean()
+    if min(spreads) > 0.9 and max(spreads) < 1.001:
+        yield ('no output has log-probabilities that differ by more than 1, as where softmax comes '
+               'before log_softmax; take log_softmax of the logits alone')
+    elif max(np.median(call['losses']) for call in later) < 0.5 and far > 0.1:
+        yield (f'{far:.0%} of the utterances are not learnt at all, the others are; see whether '
+               'those transcripts belong to other recordings')
+    elif phases <= set(PLATEAUS):
+        yield from unrelated_lengths([pair for call in later for pair in call['lengths']])
+
+
+def unrelated_lengths(pairs: Sequence[tuple[float, float]]) -> Iterator[str]:
+    """What is wrong where the lengths of recordings and of their transcripts hardly correlate;
+    fewer than 64, or nearly equal ones, say nothing."""
+    lengths = np.array(pairs, dtype=float)
+    if len(lengths) < 64 or (lengths.std(0) < 0.1 * lengths.mean(0)).any():
+        return
+    correlation = np.corrcoef(lengths.T)[0, 1]
+    if correlation < CORRELATED:
+        yield ('recordings and transcripts do not belong together: their lengths have a '
+               f'correlation of {correlation:.2f}, in speech it is above 0.5; listen to five '
+               'recordings and compare their texts')
+
+
+# ---- any training, watched -----------------------------------------------------------------------
+
+class Watch:
+    """What a batch alone cannot show, for any training loop: call it every 100 updates or so, after
+    loss.backward() and before the optimizer's step.
+
+        watch = monitor.Watch(network)                                       # before training
+        watch(log_probs, targets, input_lengths, target_lengths, sound)      # every 100 updates
+
+    network: also one within DistributedDataParallel. forward: what leads from the inputs to
+    log_probs, where that is more than network(sound). blank: as F.ctc_loss takes it. batch_first:
+    log_probs are (B, T, V). Weights, gradients, buffers, mode and random numbers stay as they are:
+    training ends in the same bits with it and without.
+    """
+
+    def __init__(self, network: nn.Module, forward: Callable[..., Tensor] | None = None,
+                 blank: int = 0, batch_first: bool = False):
+        self.network = getattr(network, 'module', network)
+        self.forward = forward or self.network
+        self.blank, self.batch_first = blank, batch_first
+        self.calls = []     # of the first and the last nine what was seen, in plain numbers
+        self.findings = []  # of the last, but for the phase
+
+    def __call__(self, log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
+                 target_lengths: Tensor, sound: Tensor, *others: object) -> list[str]:
+        """What check_ctc takes, and the network's inputs -> what is wrong, each with a next step,
+        or the phase, on a plateau and where one has been left. Prints it."""
+        findings, batch = read_batch(self.time_first(log_probs), targets, input_lengths,
+                                     target_lengths, self.blank)
+        if not findings:
+            call = look(*batch, self.blank) | self.look_at_parts()
+            call |= self.look_in_eval_mode(batch, sound, *others)
+            self.calls = [*self.calls[:1], *self.calls[1:][-8:], call]
+            findings = list(judge(self.calls))
+        clear_status()
+        for finding in findings:
+            print('    >', finding)
+        self.findings = [finding for finding in findings if not finding.startswith('phase')]
+        return findings
+
+    def time_first(self, log_probs: Tensor) -> Tensor:
+        """log_probs (T, B, V), whichever way they come."""
+        return log_probs.transpose(0, 1) if self.batch_first else log_probs
+
+    def look_at_parts(self) -> dict:
+        """Of the network's children that learn, {name: norm of the gradient}, {name: sum of the
+        weights}."""
+        learning = {name: [p for p in child.parameters() if p.requires_grad]
+                    for name, child in self.network.named_children()}
+        norms = gradient_norms(self.network)
+        return {'gradients': {name: float(norms.get(f'gradient.{name}', 0))
+                              for name, weights in learning.items() if weights},
+                'weights': {name: sum(p.detach().double().sum().item() for p in weights)
+                            for name, weights in learning.items()}}
+
+    def look_in_eval_mode(self, batch: tuple, sound: Tensor, *others: object) -> dict:
+        """The loss in eval mode, and which share of the gradient of the first clip's outputs lies
+        in the other clips' inputs: none, but where clips mix."""
+        _, texts, lengths = batch
+        sound = sound.detach().requires_grad_()
+        with in_eval_mode(self.network), torch.enable_grad():
+            log_probs = self.time_first(self.forward(sound, *others)).float().cpu()
+            # As weights that are alike would find no gradient where all symbols are equally likely.
+            weights = torch.linspace(-1, 1, log_probs.shape[2])
+            heard = (log_probs[:lengths[0], 0] * weights).sum()
+            gradient, = torch.autograd.grad(heard + 0 * sound.sum(), sound)
+        size = gradient.float().abs()
+        own = size.select(size.shape.index(len(texts)), 0).sum() / size.sum()
+        seen = look(log_probs.detach(), texts, lengths, self.blank)
+        return {'eval_loss': seen['loss'], 'apart': seen['apart'], 'mixed': 1 - own.item()}
+
+
+@contextlib.contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """A network in eval mode; then its mode, buffers and PyTorch's random numbers as they were."""
+    modes = {module: module.training for module in network.modules()}
+    buffers = {buffer: buffer.clone() for buffer in network.buffers()}
+    # cuDNN's recurrent layers have no gradient in eval mode.
+    with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=False):
+        yield network.eval()
+    for module, mode in modes.items():
+        module.training = mode
+    for buffer, before in buffers.items():
+        buffer.copy_(before)
 
 
 # ---- lines on the terminal -----------------------------------------------------------------------
@@ -593,21 +607,20 @@ def legend(lines: Lines) -> str:
     return (f'loss: CTC in nats per label; {uniform:.2f} if all symbols are equally likely, where '
             f'training starts;\n    {constant:.2f} for the best output that ignores the sound, '
             'where stuck models stay; below that it learns\n'
-            'gradient: mean norm; blank: share of the outputs; sound: how much the outputs depend '
-            'on it,\n    0 % if they ignore it, 100 % if each label has one output, more if '
-            'several\n'
+            'gradient: mean norm; blank: share of the outputs; sound: how much of the outputs it '
+            'decides, from 0 to 100 %\n'
             'at the end of a line: uniform or constant output (a plateau), learning, or learnt\n'
             'beneath: what was said and heard, and the best symbol of every output; - is the '
             'blank (~ where - is a letter), _ a space')
 
 
 def epoch_line(record: Mapping) -> str:
-    """An epoch's record of the log -> a line, its warnings beneath."""
+    """An epoch's record of the log -> a line."""
     words = 'epoch {epoch:3d}  {seconds:4.0f} s  loss {train_loss:.3f}'
     if 'wer' in record:
         words += '  valid {valid_loss:.3f}  WER {wer:.1f} %  CER {cer:.1f} %'
     words += '  gradient {gradient:.2f}  blank {blank:.0%}  sound {sound:.0%}  {phase}'
-    return '\n    ! '.join([words.format(**record), *record['warnings']])
+    return words.format(**record)
 
 
 def print_scores(results: Mapping[str, Mapping]) -> None:
@@ -651,6 +664,75 @@ def print_run(run: Mapping) -> None:
     if run['log']:
         print(*explain(run['log'], run['config']), sep='\n')
     print_scores(run['results'])
+
+
+def judged_by(record: Mapping) -> float:
+    """The loss of an epoch, by validation where there is some."""
+    return record.get('valid_loss', record['train_loss'])
+
+
+def best_epoch(log: Sequence[Mapping]) -> Mapping:
+    """The record of the lowest validation WER; of equal ones that of the lowest CER, of those the
+    last; without validation the last. best.pt holds it."""
+    return min(reversed(log), key=lambda record: (record.get('wer', 0), record.get('cer', 0)))
+
+
+def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
+    """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
+    last = log[-1]
+    lines = config['valid_plateaus' if 'valid_loss' in last else 'plateaus']
+    yield (f'phase: {last["phase"]}; the loss has come '
+           f'{plateau_fraction(judged_by(last), lines):.0%} of the way from the uniform to the '
+           f'constant line, the entropy is {last["entropy"]:.0%} of the largest, the sound decides '
+           f'{last["sound"]:.0%} of the output')
+    if 'deletions' in last:
+        yield f'words left out: {last["deletions"]:.0%}'
+    for line in 'uniform', 'constant':
+        update = last[f'left_{line}']
+        yield f'left the {line} plateau: ' + (f'at update {update}' if update else 'never')
+    if 'wer' in last:
+        best = best_epoch(log)
+        yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
+               f"CER {best['cer']:.2f} %")
+    yield f'how to go on: {next_step(log, config)}'
+
+
+def next_step(log: Sequence[Mapping], config: Mapping) -> str:
+    """What to try first after a run of these records of the log."""
+    last = log[-1]
+    updates = last['updates']
+    moved = max(record['weight_change'] for record in log)
+    if last['warnings']:
+        return last['warnings'][0]
+    if last['left_constant'] is None:
+        if moved < SLOW_CHANGE:
+            return (f'the weights hardly move: at most {moved:.1%} of their size in an epoch; '
+                    'raise the learning rate tenfold')
+        if moved > FAST_CHANGE:
+            return (f'the weights change too fast: by {moved:.0%} of their size in an epoch; lower '
+                    'the learning rate to a tenth')
+        if updates < FEW_UPDATES:
+            return (f'{updates} updates are few: a plateau may last {FEW_UPDATES} and more; give '
+                    'it more epochs, or smaller batches')
+        return (f'still on the plateau after {updates} updates, though gradients and steps are of '
+                'a healthy size; can it learn ten utterances by heart? If so, give it fewer '
+                'outputs a label')
+    if last['phase'] in PLATEAUS:
+        return ('the network fits the training utterances alone; get more of them, and check that '
+                'each transcript belongs to its recording')
+    if last['clipped'] > 0.9 and plateau_fraction(last['train_loss'], config['plateaus']) < 1.1:
+        return 'nearly all updates are clipped; halve the learning rate'
+    if 'wer' not in last:
+        return 'there is no validation data; give some'
+    if last['wer'] > 80 and last['cer'] < 25:
+        return ('the letters are right and the words are not; is the space a symbol of its own, '
+                'and not the blank?')
+    if last['wer'] == 0:
+        return 'there are no errors left to learn from; take harder validation data'
+    if last['valid_loss'] > 2 * last['train_loss']:
+        return ('training is learnt better than validation; get more data, or more dropout and, '
+                'with it, more epochs')
+    return 'no warning applies; if the last epochs still improved, give a new run more'
 
 
 def word_errors(runs: Sequence[Mapping], column: int) -> Tensor:
@@ -743,7 +825,7 @@ def plot_runs(runs: Sequence[Mapping], path: str) -> None:
         for axes, key, style in keys:
             values = [record.get(key, math.nan) for record in run['log']]
             axes.plot(epochs, values, style, color=colour, label=f'{key}, {run["name"]}')
-        losses.scatter(epochs, [judged_by(record)[0] for record in run['log']], zorder=3,
+        losses.scatter(epochs, [judged_by(record) for record in run['log']], zorder=3,
                        color=[PHASE_COLOURS[record['phase']] for record in run['log']])
     for loss, name in zip(runs[0]['config']['plateaus'], ('uniform', 'constant')):
         losses.axhline(loss, color='0.5', linestyle=':')
@@ -831,11 +913,12 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 
 # ---- python monitor.py ---------------------------------------------------------------------------
 
-def print_lines(outputs: int, labels: int, vocab_size: int) -> None:
-    """Print both plateau lines without a corpus: of texts of so many labels in so many outputs.
+def typical_lines(outputs: int, labels: int, vocab_size: int, equal: bool) -> Lines:
+    """Both plateau lines of texts of so many labels in so many outputs, without a corpus.
 
     The symbols are as frequent as English letters and the space; where there are more symbols, the
-    rest are as rare as the rarest. Raises ValueError where the labels do not fit the outputs.
+    rest are as rare as the rarest. equal: all are equally frequent, as on number plates. Raises
+    ValueError where the labels do not fit the outputs.
     """
     # The space and the letters, most frequent first, per 100 letters (Norvig 2013, "English letter
     # frequency counts: Mayzner revisited").
@@ -843,38 +926,78 @@ def print_lines(outputs: int, labels: int, vocab_size: int) -> None:
                2.51, 2.40, 2.14, 1.87, 1.68, 1.66, 1.48, 1.05, 0.54, 0.23, 0.16, 0.12, 0.09]
     shares = torch.tensor((english + english[-1:] * vocab_size)[:vocab_size - 1])
     texts = max(1, min(50, 1_000_000 // (outputs * labels)))
-    draws = torch.multinomial(shares, texts * labels, replacement=True,
-                              generator=torch.Generator().manual_seed(0))
+    draws = torch.multinomial(torch.ones_like(shares) if equal else shares, texts * labels,
+                              replacement=True, generator=torch.Generator().manual_seed(0))
     targets = (draws + 1).view(texts, labels).tolist()
-    uniform, constant = plateau_lines(targets, torch.tensor([outputs] * texts), vocab_size)
-    if math.isnan(uniform):
+    lines = plateau_lines(targets, [outputs] * texts, vocab_size)
+    if math.isnan(lines[0]):
         raise ValueError(f'{labels} labels with their repeats do not fit {outputs} outputs')
-    print(f'{uniform:.2f} nats a label: every symbol equally likely, where training starts\n'
-          f'{constant:.2f} nats a label: the best output that ignores the sound; a loss that stays '
-          'near it has learnt nothing\n'
-          f'of {labels} labels in {outputs} outputs, {vocab_size} symbols with the blank, as '
-          'frequent as the letters of English;\nwhere the loss is a sum over labels, as '
-          f"reduction='none' gives it: {uniform * labels:.1f} and {constant * labels:.1f} an "
-          'utterance')
+    return lines
+
+
+def read_losses(path: str) -> list[float]:
+    """The losses of a log, one a line: a number, what follows "loss" in JSON or in words, or the
+    cell of a table's first column whose name has "loss" in it. Raises UserError."""
+    losses, column = [], 0
+    with error_at(path):
+        for line in Path(path).read_text(encoding='utf-8-sig').lower().split('\n'):
+            cells = line.split(',')
+            named = re.search(r'loss\W+(-?[\d.]\S*\d)', line)
+            if named:
+                losses.append(float(named[1]))
+            elif 'loss' in line:
+                column = next(i for i, cell in enumerate(cells) if 'loss' in cell)
+            elif line.strip():
+                losses.append(float(cells[column]))
+    return losses
+
+
+def print_lines(args: argparse.Namespace) -> None:
+    """Print both plateau lines, and where the losses of a log lie. Raises UserError."""
+    outputs, labels, vocab_size = args.lines
+    with error_at('--lines'):
+        lines = typical_lines(outputs, labels, vocab_size, args.equal)
+    scale = args.sum_over * labels or 1  # labels that a loss is the sum of
+    unit = f'summed over {args.sum_over} texts' if args.sum_over else 'a label'
+    uniform, constant = (scale * line for line in lines)
+    print(f'{uniform:.2f} nats {unit}: every symbol equally likely, where training starts\n'
+          f'{constant:.2f} nats {unit}: the best output that ignores the sound; a loss that stays '
+          f'near it has learnt nothing\nof {labels} labels in {outputs} outputs, {vocab_size} '
+          'symbols with the blank, as frequent as ' + ('each other' if args.equal else
+                                                      'the letters of English'))
+    if args.losses:
+        losses = [loss / scale for loss in read_losses(args.losses)]
+        window = min(20, len(losses) // 10 + 1)
+        fraction = plateau_fraction(mean(losses[-window:]), lines)
+        print(f'the last of {len(losses)} losses have come {fraction:.0%} of the way from the '
+              'first line to the second')
+        for name, update in plateaus_left(losses, lines, window).items():
+            print(f'{name.replace("_", " the ")} plateau: ' +
+                  (f'at loss {update}' if update else 'never'))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description='Read a run: a table by epoch, warnings, its phase, how to go on. Or compare '
-                    'several: settings that differ, scores, their spread; for two, a paired '
-                    'bootstrap.')
-    parser.add_argument('run', nargs='*', help='run folder of train.py')
-    parser.add_argument('--lines', nargs=3, type=number(int, 1, 100_000), metavar=('T', 'L', 'V'),
-                        help='the plateau lines of T outputs, L labels, V symbols with the blank')
-    parser.add_argument('--plot', metavar='FILE',
-                        help='draw the runs into a .png, .svg or .pdf file; needs matplotlib')
+        description='Read a run: a table by epoch, its phase, how to go on. Or compare several: '
+                    'settings that differ, scores, their spread; for two, a paired bootstrap.')
+    add = parser.add_argument
+    add('run', nargs='*', help='run folder of train.py')
+    add('--plot', metavar='FILE',
+        help='draw the runs into a .png, .svg or .pdf file; needs matplotlib')
+    add('--lines', nargs=3, type=number(int, 1, 100_000), metavar=('T', 'L', 'V'),
+        help='the plateau lines of T outputs, L labels, V symbols with the blank')
+    add('--equal', action='store_true',
+        help='of symbols that are equally frequent, as in captchas and word pieces')
+    add('--losses', metavar='FILE',
+        help="anybody's log (numbers, a table or JSON lines): where its losses lie to --lines")
+    add('--sum_over', type=number(int, 0), default=0, metavar='N',
+        help='the losses are sums over N texts; 0: nats per label, as F.ctc_loss gives them')
     args = parser.parse_args(argv)
     if not args.run and not args.lines:
         parser.error('name run folders of train.py, or give --lines T L V')
     with one_line_ends('monitor.py'):
         if args.lines:
-            with error_at('--lines'):
-                print_lines(*args.lines)
+            print_lines(args)
         runs = list(map(read_run, args.run))
         if len(runs) > 1:
             print_comparison(runs)

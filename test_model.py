@@ -204,11 +204,14 @@ def test_error_rates_by_hand():
 
 # ---- monitor: plateaus ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize('target,paths', [([1, 1], 15), ([2, 1, 2], 28)])
-def test_uniform_line_in_closed_form(target, paths):
-    """All paths are equally likely: of T outputs, L labels and R repeats, (T+L-R choose 2L)."""
-    uniform, _ = monitor.plateau_lines([target], torch.tensor([5]), 3)
-    assert uniform == pytest.approx((5 * math.log(3) - math.log(paths)) / len(target), abs=1e-5)
+def test_uniform_line_is_the_loss_of_a_uniform_output():
+    """Which the code computes by counting paths; texts as tensors, some with repeats."""
+    targets = torch.randint(1, 4, (9, 5))
+    lengths = torch.arange(11, 20)
+    log_probs = torch.zeros(19, 9, 4).log_softmax(2)
+    loss = F.ctc_loss(log_probs, targets, lengths, torch.full((9,), 5)).item()
+    uniform, _ = monitor.plateau_lines(list(targets), lengths, 4)
+    assert uniform == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize('outputs', [10, 200])
@@ -238,6 +241,34 @@ def test_lines_without_a_run(capsys):
     assert 2.5 < float(constant) < 3.3
 
 
+@pytest.mark.parametrize('log', [
+    '{losses}', 'step,train_loss,lr\n{csv}', '{json}', '{words}',
+], ids=['numbers', 'csv', 'json', 'words'])
+def test_losses_of_any_log_are_held_against_the_lines(log, tmp_path, capsys):
+    """Sums over two texts of twelve labels that are equally frequent: 3.0 a label is near the
+    constant line of 27 of them."""
+    losses = [24 * loss for loss in [50.0] * 10 + [3.4] * 30]
+    rows = {'losses': map(str, losses), 'csv': (f'7,{loss},0.1' for loss in losses),
+            'json': (json.dumps({'step': 1, 'loss': loss}) for loss in losses),
+            'words': (f'epoch 3 loss: {loss} wer 100' for loss in losses)}
+    path = tmp_path / 'log'
+    path.write_text(log.format(**{name: '\n'.join(lines) for name, lines in rows.items()}))
+    monitor.main(['--lines', '250', '12', '28', '--equal', '--sum_over=2', f'--losses={path}'])
+    out = capsys.readouterr().out
+    uniform, constant = map(float, re.findall(r'(\S+) nats summed over 2 texts', out))
+    assert uniform == pytest.approx(24 * 62.9, rel=0.01)
+    assert constant == pytest.approx(24 * 3.4, rel=0.05)
+    assert re.search('last of 40 losses have come (99|100|101)% of the way', out)
+    assert 'left the uniform plateau: at loss 12' in out
+    assert 'left the constant plateau: never' in out
+
+
+def test_a_log_without_losses_is_named(tmp_path):
+    (tmp_path / 'log').write_text('step 3\n')
+    message = exit_code(monitor.main, '--lines', 250, 12, 28, '--losses', tmp_path / 'log')
+    assert 'log: cannot be used (could not convert string' in message
+
+
 def test_lines_that_cannot_be():
     message = exit_code(monitor.main, '--lines', 10, 12, 28)
     assert '--lines: cannot be used (12 labels with their repeats do not fit 10' in message
@@ -264,20 +295,6 @@ def test_gradient_norms_of_the_children_of_any_network():
     assert monitor.gradient_norms(network) == norms
 
 
-@pytest.mark.parametrize('later,wrong', [
-    ([0.009] * 20, ['vanished']),
-    ([0.009] * 19, []),
-    ([11.0] * 20, ['exploded']),
-    ([1.0] * 10 + [1000.0] * 9 + [1.0], []),   # peaks, which are clipped
-    ([0.009] * 20 + [1.0] * 30, []),           # an epoch ago
-])
-def test_gradients_are_held_against_those_of_the_first_updates(later, wrong):
-    history = {'gradient.head': [1.0] * 50 + later, 'train_loss': range(100)}
-    summary = monitor.epoch_summary(history, 20)
-    assert [name for name in ('vanished', 'exploded') if summary[name]] == wrong
-    assert summary['train_loss'] == 89.5
-
-
 # Ten letters of 27, each in one output of seven.
 SPOKEN = F.pad(torch.arange(1, 11)[:, None], (0, 6)).flatten()
 
@@ -286,59 +303,33 @@ SPOKEN = F.pad(torch.arange(1, 11)[:, None], (0, 6)).flatten()
     (torch.full((28,), 1 / 28), 1, 1, 0),
     (torch.eye(28)[0], 0, 1, 0),
     (torch.eye(28)[SPOKEN], 0, 6 / 7, 1),
-], ids=['uniform', 'constant', 'learnt'])
+    (0.9 * torch.eye(28)[0] + 0.1 / 28, 0.191, 1, 0),
+], ids=['uniform', 'certain', 'learnt', 'constant'])
 def test_outputs_are_recognised(probabilities, entropy, blank, sound):
     """Of 80 outputs, of which the last ten are padding."""
     log_probs = F.pad(probabilities.log().expand(1, 70, 28), (0, 0, 0, 10), value=math.nan)
-    figures = monitor.output_figures(log_probs, torch.tensor([70]), torch.tensor([10]),
-                                     math.log(10))
+    figures = monitor.output_figures(log_probs, torch.tensor([70]))
     expected = {'entropy': entropy, 'blank': blank, 'sound': sound}
-    assert figures == pytest.approx(expected, abs=1e-4)
+    assert figures == pytest.approx(expected, abs=1e-3)
 
 
-# ---- monitor: phases, warnings, advice -----------------------------------------------------------
+# ---- monitor: phases, advice ---------------------------------------------------------------------
 
-HEALTHY = {'epoch': 1, 'seconds': 60.0, 'updates': 1000, 'train_loss': 1.0, 'train_eval_loss': 0.9,
+HEALTHY = {'epoch': 1, 'seconds': 60.0, 'updates': 1000, 'train_loss': 1.0,
            'clipped': 0.1, 'gradient.backbone': 1.0, 'gradient.head': 1.0, 'gradient': 1.7,
            'entropy': 0.2, 'blank': 0.6, 'sound': 1.0, 'weight_change': 0.3, 'left_uniform': 20,
-           'left_constant': 300, 'vanished': [], 'exploded': [], 'phase': 'learning',
-           'warnings': []}
-VALIDATED = HEALTHY | {'valid_loss': 1.2, 'valid_entropy': 0.1, 'valid_sound': 0.9, 'wer': 20.0,
-                       'cer': 5.0, 'deletions': 0.02}
+           'left_constant': 300, 'phase': 'learning', 'warnings': []}
+VALIDATED = HEALTHY | {'valid_loss': 1.2, 'wer': 20.0, 'cer': 5.0, 'deletions': 0.02}
 STUCK = {'phase': 'constant', 'left_constant': None}
-CONFIG = {'plateaus': (8.0, 3.0), 'valid_plateaus': (8.0, 3.0), 'length_correlation': 0.8}
+CONFIG = {'plateaus': (8.0, 3.0), 'valid_plateaus': (8.0, 3.0)}
 
 
-@pytest.mark.parametrize('loss,entropy,sound,before,phase', [
-    (2.0, 0.99, 0.01, 3.0, 'uniform'),
-    (2.0, 0.3, 0.01, 3.0, 'constant'),
-    (2.8, 0.1, 0.9, 3.0, 'constant'),      # depends on the sound, to no use
-    (0.2, 0.1, 0.9, 0.3, 'learning'),      # still falls
-    (0.2, 0.1, 0.9, 0.205, 'learnt'),
-    (0.2, 0.1, 0.9, None, 'learning'),
-    (0.35, 0.1, 0.9, 0.35, 'learning'),    # above a tenth of the constant line
+@pytest.mark.parametrize('loss,phase', [
+    (9.0, 'uniform'), (5.6, 'uniform'), (5.4, 'constant'), (2.8, 'constant'), (2.6, 'learning'),
+    (0.35, 'learning'), (0.25, 'learnt'),
 ])
-def test_phases(loss, entropy, sound, before, phase):
-    record = HEALTHY | {'valid_loss': loss, 'valid_entropy': entropy, 'valid_sound': sound}
-    before = before and VALIDATED | {'valid_loss': before}
-    assert monitor.name_phase(record, 3.0, before) == phase
-
-
-@pytest.mark.parametrize('change,warnings', [
-    ({}, []),
-    ({'train_loss': -0.2}, ['negative CTC loss', 'the loss of training utterances is 0.900']),
-    ({'exploded': ['gradient.head']}, ['exploding gradient.head']),
-    ({'phase': 'uniform'}, ['uniform output']),
-    (STUCK | {'train_eval_loss': 2.0}, ['constant output']),
-    # What has been learnt needs no gradient any more.
-    ({'vanished': ['gradient.head'], 'gradient.backbone': 1e-6}, []),
-    (STUCK | {'vanished': ['gradient.head']}, ['vanishing gradient.head', 'constant output']),
-    (STUCK | {'gradient.head': 1e-6}, ['vanishing gradient.head', 'constant output']),
-])
-def test_warnings_say_what_is_wrong_and_the_next_step(change, warnings):
-    found = monitor.diagnose(HEALTHY | change)
-    assert [re.split('[:,]| in eval', warning)[0] for warning in found] == warnings
-    assert all(re.search(r'; \w+', warning) for warning in found)
+def test_phases(loss, phase):
+    assert monitor.name_phase(loss, (8.0, 3.0)) == phase
 
 
 @pytest.mark.parametrize('last,words', [
@@ -346,9 +337,8 @@ def test_warnings_say_what_is_wrong_and_the_next_step(change, warnings):
     (STUCK | {'updates': 100}, '100 updates are few'),
     (STUCK | {'weight_change': 1e-4}, 'the weights hardly move'),
     (STUCK | {'weight_change': 50.0}, 'the weights change too fast'),
-    (STUCK | {'warnings': ['vanishing gradient.head']}, 'the gradient does not reach every part'),
+    (STUCK | {'warnings': ['the gradient does not reach head']}, 'the gradient does not reach'),
     ({'phase': 'constant'}, 'the network fits the training utterances alone'),
-    ({'train_eval_loss': 2.0}, 'the loss of training utterances is 2.000 in eval mode'),
     ({'clipped': 1.0, 'train_loss': 3.0}, 'nearly all updates are clipped'),
     ({'wer': 97.6, 'cer': 17.4}, 'the letters are right and the words are not'),
     ({'wer': 0.0}, 'there are no errors left to learn from'),
@@ -363,12 +353,7 @@ def test_advice_on_how_to_go_on(last, words):
 def test_advice_without_validation():
     phase, *_, advice = monitor.explain([HEALTHY], CONFIG)
     assert phase.startswith('phase: learning; the loss has come 140% of the way')
-    assert 'give --valid_data' in advice
-
-
-def test_transcripts_of_other_recordings_are_known_by_their_lengths():
-    advice = monitor.next_step([VALIDATED | STUCK], {'length_correlation': 0.03})
-    assert 'recordings and transcripts do not belong together' in advice
+    assert 'no validation data' in advice
 
 
 def test_the_best_epoch_is_the_last_of_equal_ones():
@@ -376,100 +361,335 @@ def test_the_best_epoch_is_the_last_of_equal_ones():
     assert monitor.best_epoch(log) is log[2]
 
 
-def test_an_epoch_line_has_its_warnings_beneath():
-    line = monitor.epoch_line(HEALTHY | {'warnings': ['one', 'two']})
-    assert line.endswith('  learning\n    ! one\n    ! two')
+# ---- monitor: anybody's network ------------------------------------------------------------------
 
+class Images(nn.Module):
+    """A CRNN: images (B, 1, 8, 96), all as wide -> (24, B, 11)."""
 
-# ---- monitor: a batch of anybody's network -------------------------------------------------------
+    def __init__(self):
+        super().__init__()
+        self.cnn = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d((4, 2)))
+        self.rnn = nn.LSTM(32, 48, bidirectional=True)
+        self.head = nn.Linear(96, 11)
+        self.columns = lambda x: x.squeeze(2).permute(2, 0, 1)
+        self.normalise = lambda x: x.log_softmax(2)
 
-class Recurrent(nn.GRU):
     def forward(self, x):
-        return super().forward(x)[0]
+        return self.normalise(self.head(self.rnn(self.columns(self.cnn(x)))[0]))
 
 
-NETWORKS_OF_OTHERS = {  # (T, B, 6) -> log-probabilities (T, B, 6)
-    'recurrent': [Recurrent(6, 32, bidirectional=True), nn.Linear(64, 6)],
-    'attention': [nn.Linear(6, 32), nn.TransformerEncoderLayer(32, 4, 64, 0.0), nn.Linear(32, 6)],
+class Attention(nn.Module):
+    """A transformer with the batch first: (B, T, 6) -> (B, T, 6)."""
+
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.embed = nn.Conv1d(6, 32, 5, padding=2)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.1, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 6)
+        self.normalise = lambda x: x.log_softmax(2)
+
+    def forward(self, x):
+        return self.normalise(self.head(self.encoder(self.embed(x.mT).mT)))
+
+
+class Recurrent(nn.Module):
+    """A GRU with the blank last: (T, B, 6) -> (T, B, 6)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(6, 48, bidirectional=True)
+        self.head = nn.Linear(96, 6)
+        self.normalise = lambda x: x.log_softmax(2)
+
+    def forward(self, x):
+        return self.normalise(self.head(self.gru(x)[0]))
+
+
+def image_batch():
+    """Images that three to seven of ten glyphs fill."""
+    glyphs = torch.randn(11, 8, 6, generator=torch.Generator().manual_seed(7))
+    labels = torch.randint(3, 8, (8,))
+    targets = torch.randint(1, 11, (8, 7))
+    images = [F.interpolate(torch.cat([*glyphs[row[:n]]], 1)[None, None], (8, 96), mode='bilinear')
+              for row, n in zip(targets, labels)]
+    return torch.cat(images) + 0.3 * torch.randn(8, 1, 8, 96), targets, torch.full((8,), 24), labels
+
+
+def sound_batch():
+    """Texts of 3 to 8 symbols of five, each of four frames in seven; ten fit."""
+    labels = torch.randint(3, 9, (8,))
+    targets = torch.randint(1, 6, (8, 10))
+    times = torch.arange(70)
+    is_spoken = (times % 7 > 2) & (times // 7 < labels[:, None])              # (8, 70)
+    symbols = targets.repeat_interleave(7, 1) * is_spoken
+    x = 2 * F.one_hot(symbols, 6) + 0.3 * torch.randn(8, 70, 6)
+    x = x * (times < 7 * labels[:, None] + 4)[..., None]
+    return x[:, :7 * labels.max() + 4], targets, 7 * labels + 4, labels
+
+
+def time_first_batch():
+    x, targets, *lengths = sound_batch()
+    return x.transpose(0, 1).contiguous(), targets - 1, *lengths
+
+
+OTHERS = {  # of a kind: network, batches, what Watch and check_ctc are told of it, updates
+    'images': (Images, image_batch, {}, 200),
+    'attention': (Attention, sound_batch, {'batch_first': True}, 90),
+    'recurrent': (Recurrent, time_first_batch, {'blank': 5}, 150),
 }
 
 
-def toy_batch(seed):
-    """Eight texts of 3 to 8 symbols of five, each of four frames in seven -> x (70, 8, 6), what
-    F.ctc_loss takes besides."""
-    torch.manual_seed(seed)
-    lengths = torch.randint(3, 9, (8,))
-    targets = torch.randint(1, 6, (8, 10))
-    times = torch.arange(70)
-    is_spoken = (times % 7 > 2) & (times // 7 < lengths[:, None])              # (8, 70)
-    symbols = targets.repeat_interleave(7, 1) * is_spoken
-    x = 2 * F.one_hot(symbols.T, 6) + 0.3 * torch.randn(70, 8, 6)
-    return x, {'targets': targets, 'input_lengths': 7 * lengths + 4, 'target_lengths': lengths}
+def train_other(kind, network, updates, rate=3e-3, next_batch=None, watch=None):
+    """Train a network that is not ours, watched or not at each update."""
+    _, batches, told, _ = OTHERS[kind]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
+    network.train()
+    for _ in range(updates):
+        x, *rest = (next_batch or batches)()
+        log_probs = network(x)
+        time_first = log_probs.transpose(0, 1) if 'batch_first' in told else log_probs
+        optimizer.zero_grad()
+        F.ctc_loss(time_first, *rest, told.get('blank', 0)).backward()
+        if watch:
+            watch(log_probs, *rest, x)
+        optimizer.step()
 
 
 @functools.cache
-def learnt_batches(kind):
-    """Three batches of a network that is not ours, after 150 updates."""
-    network = nn.Sequential(*NETWORKS_OF_OTHERS[kind], nn.LogSoftmax(2))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
-    batches = []
-    for update in range(150):
-        x, rest = toy_batch(update)
-        log_probs = network(x)
-        batches.append({'log_probs': log_probs.detach(), **rest})
-        optimizer.zero_grad()
-        F.ctc_loss(log_probs, **rest).backward()
-        optimizer.step()
-    return batches[-3:]
+def learnt_weights(kind, seed):
+    torch.manual_seed(seed)
+    network_of, _, _, updates = OTHERS[kind]
+    network = network_of()
+    train_other(kind, network, updates)
+    return network.state_dict()
 
 
-networks_of_others = pytest.mark.parametrize('kind', NETWORKS_OF_OTHERS)
+def other_network(kind, learnt, seed):
+    network = OTHERS[kind][0]()
+    if learnt:
+        network.load_state_dict(learnt_weights(kind, seed))
+    return network
 
 
-@networks_of_others
-def test_nothing_is_found_in_a_healthy_network_of_others(kind):
-    """In any form that ctc_loss takes: labels in one line, lists of lengths, another blank; nor in
-    a clip that fills a batch."""
-    for batch in learnt_batches(kind):
-        log_probs, targets, frames, lengths = batch.values()
-        line = torch.cat([row[:length] for row, length in zip(targets, lengths)])
-        one_clip = {name: value[:1].expand_as(value) for name, value in batch.items()}
-        for change in (
-                {},
-                {'targets': line, 'input_lengths': frames.tolist()},
-                {'log_probs': log_probs.roll(-1, 2), 'targets': targets - 1, 'blank': 5},
-                one_clip | {'log_probs': log_probs[:, :1].expand_as(log_probs)}):
-            assert monitor.check_ctc(**batch | change) == []
+def batch_of(kind, learnt, seed):
+    """What check_ctc takes of a network in training mode."""
+    torch.manual_seed(seed)
+    _, batches, told, _ = OTHERS[kind]
+    network = other_network(kind, learnt, seed)
+    x, targets, input_lengths, target_lengths = batches()
+    log_probs = network(x).detach()
+    return {'log_probs': log_probs.transpose(0, 1) if 'batch_first' in told else log_probs,
+            'targets': targets, 'input_lengths': input_lengths, 'target_lengths': target_lengths,
+            'blank': told.get('blank', 0)}
 
 
-@networks_of_others
-@pytest.mark.parametrize('name,change,words', [
-    ('log_probs', lambda x: 3 * x + 1, 'is not normalised'),
-    ('log_probs', lambda x: x.exp(), 'holds probabilities'),
-    ('log_probs', lambda x: x.log_softmax(0), 'normalised over time'),
-    ('log_probs', lambda x: x * math.nan, 'holds NaN'),
-    ('log_probs', lambda x: x.transpose(0, 1), 'looks like (B, T, V)'),
-    ('log_probs', lambda x: x[:, 0], 'take log_probs.unsqueeze(1)'),
-    ('log_probs', lambda x: x[:, :1].expand(-1, 8, -1), 'every utterance gets the same outputs'),
-    ('log_probs', lambda x: x.roll(1, 2), "blank and alphabet are the network's own"),
-    ('log_probs', lambda x: (1e-3 * x).log_softmax(2), 'phase uniform'),
-    ('log_probs', lambda x: (1e-3 * x + 3 * torch.eye(6)[0]).log_softmax(2), 'phase constant'),
-    ('targets', lambda x: x - 1, 'are the blank, symbol 0'),
-    ('targets', lambda x: x + 2, 'are not between 0 and 5'),
-    ('targets', lambda x: x % 5 + 1, 'check that each transcript belongs to its recording'),
-    ('input_lengths', lambda x: 0 * x + 70, 'every input length is 70, the padded one'),
-    ('input_lengths', lambda x: 4 * x, 'where there are 70 outputs'),
-    ('input_lengths', lambda x: x // 8 + 1, 'fewer outputs than labels and repeats'),
-    ('input_lengths', lambda x: x[:4], '4 input lengths and 8 target lengths'),
-    ('input_lengths', lambda x: x / 70, 'multiply them by its number of outputs'),
-    ('target_lengths', lambda x: 0 * x, 'no utterance has a label'),
-    ('blank', lambda x: 6, 'blank is 6, and the symbols are 0 to 5'),
+others = pytest.mark.parametrize('kind', OTHERS)
+# Limits were chosen on seeds 0 to 2.
+other_seeds = pytest.mark.parametrize(
+    'seed', [0, *(pytest.param(seed, marks=slow) for seed in (3, 4, 5))])
+
+
+@others
+@other_seeds
+def test_nothing_is_found_in_a_healthy_network_of_others(kind, seed):
+    """Untrained, it hears the phase alone; learnt nothing, in any form that ctc_loss takes: labels
+    in one line, lists and floats of lengths, another blank, half precision; nor in one clip."""
+    finding, = monitor.check_ctc(**batch_of(kind, False, seed))
+    assert finding.startswith('phase ')
+    batch = batch_of(kind, True, seed)
+    log_probs, targets, frames, lengths, blank = batch.values()
+    line = torch.cat([row[:length] for row, length in zip(targets, lengths)])
+    one_clip = {name: value[:1] for name, value in batch.items() if name != 'blank'}
+    for change in (
+            {},
+            {'targets': line, 'input_lengths': frames.tolist(), 'target_lengths': lengths.float()},
+            {'log_probs': log_probs.roll(1, 2), 'blank': (blank + 1) % log_probs.shape[2],
+             'targets': (targets + 1) % log_probs.shape[2]},
+            {'log_probs': log_probs.half()}, {'log_probs': log_probs.bfloat16()},
+            one_clip | {'log_probs': log_probs[:, :1]}):
+        assert monitor.check_ctc(**batch | change) == []
+
+
+def test_many_symbols_in_half_precision_are_normalised():
+    log_probs = torch.randn(40, 2, 5000).log_softmax(2).bfloat16()
+    finding, = monitor.check_ctc(log_probs, [[1, 2, 3], [4, 5, 6]], [40, 40], [3, 3])
+    assert finding.startswith('phase ')
+
+
+def joined(log_probs):
+    """What DataParallel makes of two halves of the batch."""
+    return torch.cat(log_probs.chunk(2, 1))
+
+
+@pytest.mark.parametrize('kind,name,change,words', [
+    # deepspeech.pytorch#488, #121; pointnet.pytorch#27; deepspeech.pytorch#272
+    ('images', 'log_probs', lambda x: 3 * x + 1, 'is not normalised'),
+    ('images', 'log_probs', lambda x: x.exp(), 'holds probabilities'),
+    ('recurrent', 'log_probs', lambda x: x.log_softmax(0), 'normalised over time'),
+    ('attention', 'log_probs', lambda x: x * math.nan, 'holds NaN'),
+    # Wav2Letter of torchaudio; CRNN_Chinese_Characters_Rec#267
+    ('attention', 'log_probs', lambda x: x.transpose(0, 1), 'looks like (B, T, V)'),
+    ('attention', 'log_probs', lambda x: x.permute(1, 2, 0), 'looks like (B, V, T)'),
+    ('images', 'log_probs', joined, '2 parts of the batch joined along time'),
+    ('recurrent', 'log_probs', lambda x: x[:, 0], 'take log_probs.unsqueeze(1)'),
+    # CRNN-with-STN#7; deepspeech.pytorch#354; speechbrain#1410
+    ('images', 'log_probs', lambda x: x[:, :1].expand_as(x), 'every utterance gets the same'),
+    ('recurrent', 'blank', lambda x: 0, 'are the blank, symbol 0'),
+    ('attention', 'log_probs', lambda x: x.roll(1, 2), "blank and alphabet are the network's own"),
+    ('images', 'log_probs', lambda x: (99 * x).log_softmax(2).roll(1, 2), 'diverged: '),
+    ('images', 'log_probs', lambda x: (1e-3 * x).log_softmax(2), 'phase uniform'),
+    ('recurrent', 'log_probs', lambda x: (1e-3 * x + 3 * torch.eye(6)[5]).log_softmax(2),
+     'phase constant'),
+    # crnn-pytorch#3; speechbrain#1589; warp-ctc#111; crnn.pytorch#235; kaldi-tuda-de#15
+    ('images', 'targets', lambda x: x - 1, 'are the blank, symbol 0'),
+    ('images', 'targets', lambda x: x + 4, 'are not between 0 and 10'),
+    ('images', 'targets', lambda x: x.clamp(3, 3), 'labels are symbol 3'),
+    ('images', 'target_lengths', lambda x: x * (x > 3), 'texts have no label'),
+    ('attention', 'targets', lambda x: x % 5 + 1, 'check that each transcript belongs'),
+    # icefall#135; HierSpeechpp#29; NeMo#16224
+    ('recurrent', 'input_lengths', lambda x: 0 * x + x.max(), 'every input length is the padded'),
+    ('attention', 'input_lengths', lambda x: 4 * x, 'input_lengths go up to'),
+    ('attention', 'input_lengths', lambda x: 0 * x, 'divided too often'),
+    ('images', 'input_lengths', lambda x: x // 3, 'divided too often'),
+    ('recurrent', 'input_lengths', lambda x: x[:4], '4 input lengths and 8 target lengths'),
+    ('recurrent', 'input_lengths', lambda x: x / 70, 'multiply them by its number of outputs'),
+    # transformers#12270: padding of -100, counted; Holmeyoung/crnn-pytorch#62
+    ('images', 'targets', lambda x: F.pad(x[:, :3], (0, 4), value=-100), 'padding is counted'),
+    ('images', 'target_lengths', lambda x: x + 3, 'give (B, S), or all labels in one line'),
+    ('recurrent', 'blank', lambda x: 6, 'blank is 6, and the symbols are 0 to 5'),
 ])
-def test_a_fault_in_a_network_of_others_is_named_and_no_other(kind, name, change, words):
-    for batch in learnt_batches(kind):
-        finding, = monitor.check_ctc(**batch | {name: change(batch.get(name))})
-        assert words in finding
-        assert re.search(r'[;,] \w+', finding)
+@other_seeds
+def test_a_fault_in_a_batch_of_others_is_named_and_no_other(kind, name, change, words, seed):
+    batch = batch_of(kind, True, seed)
+    finding, = monitor.check_ctc(**batch | {name: change(batch[name])})
+    assert words in finding
+    assert re.search(r'[;,] \w+', finding)
+
+
+def test_too_few_outputs_are_counted():
+    finding, = monitor.check_ctc(torch.randn(5, 2, 6).log_softmax(2), [1, 1, 2, 2, 1, 2, 3], [5, 3],
+                                 [4, 3], untrained=True)
+    assert finding.startswith('1 of 2 utterances have fewer outputs than labels and repeats, by up '
+                              'to 1,')
+
+
+def test_findings_that_do_not_hide_each_other_come_together():
+    batch = batch_of('images', True, 0)
+    batch['targets'] += 4
+    assert len(monitor.check_ctc(**batch | {'log_probs': 2 * batch['log_probs']})) == 2
+
+
+@others
+@other_seeds
+def test_a_healthy_training_hears_its_phases_and_ends_in_the_same_bits(kind, seed, capsys):
+    """With Watch at each update and without, drop-out and batch norm included."""
+    _, batches, told, updates = OTHERS[kind]
+    torch.manual_seed(seed)
+    network = other_network(kind, False, seed)
+    watch = monitor.Watch(network, **told)
+    findings = []
+
+    def seldom(*arguments):
+        if len(findings) % 10 == 0:
+            watch(*arguments)
+        findings.append(watch.findings)
+
+    train_other(kind, network, updates, watch=seldom)
+    assert findings == [[]] * updates
+    assert 'phase learning: ' in capsys.readouterr().out
+    for name, weights in learnt_weights(kind, seed).items():
+        assert torch.equal(network.state_dict()[name], weights)
+
+
+def with_texts_of_others(next_batch, share):
+    """A share of the transcripts belongs to the recording before, where it fits."""
+    def mixed():
+        x, targets, input_lengths, labels = next_batch()
+        order = torch.arange(8)
+        order[:round(8 * share)] = order[:round(8 * share)].roll(1)
+        return x, targets[order], input_lengths, labels[order]
+    return mixed
+
+
+def without_sound(next_batch):
+    return lambda: (0 * (batch := next_batch())[0], *batch[1:])
+
+
+def freeze_statistics(network):
+    """What batch norm's running statistics are where they are not updated."""
+    for layer in network.cnn[1::4]:
+        layer.reset_running_stats()
+        layer.momentum = 0.0
+
+
+# Of a kind: learnt or not, what is done to the network, to the batches, the rate, the updates.
+WATCHED = [
+    # ctc#1; TorchLeet#5, video-classification#42
+    ('images', False, lambda n: setattr(n, 'columns', lambda x: x.squeeze(2).mT.reshape(24, 8, 32)),
+     None, 3e-3, 2, 'clips mix'),
+    ('attention', False, lambda n: setattr(n, 'encoder', Attention(False).encoder), None, 3e-3, 2,
+     'clips mix'),
+    ('recurrent', False, lambda n: setattr(n.gru, 'batch_first', True), None, 3e-3, 2, 'clips mix'),
+    # speechbrain#1077, #1396; HVPNeT#5; ProteomicsML#203
+    ('images', False, lambda n: n.cnn.register_forward_hook(lambda *args: args[2].detach()), None,
+     3e-3, 2, 'the gradient does not reach cnn'),
+    ('recurrent', False, lambda n: setattr(n, 'normalise', lambda x: F.relu(x - 9).log_softmax(2)),
+     None, 3e-3, 2, 'the gradient does not reach gru'),
+    ('images', False, None, None, 0.0, 2, 'the weights of cnn have not changed'),
+    # CRNN-with-STN#7; deepspeech.pytorch#194; speechbrain#1410, DeepSpeech#238; crnn.pytorch#230
+    ('attention', False, None, without_sound, 3e-3, 2, 'every utterance gets the same outputs'),
+    ('recurrent', False, lambda n: setattr(n, 'normalise',
+                                           lambda x: (20 * x).softmax(2).log_softmax(2)),
+     None, 3e-3, 9, 'softmax comes before log_softmax'),
+    ('images', False, None, None, 3.0, 4, 'diverged: '),
+    ('images', True, freeze_statistics, None, 1e-5, 1, 'training and eval mode differ'),
+    # kaldi-tuda-de#15 is of the last two
+    ('recurrent', False, None, lambda batches: with_texts_of_others(batches, 1), 1e-5, 12,
+     'do not belong together'),
+    ('attention', True, None, lambda batches: with_texts_of_others(batches, 0.4), 1e-5, 12,
+     'of the utterances are not learnt at all'),
+]
+
+
+@pytest.mark.parametrize('kind,learnt,change,change_batches,rate,updates,words', WATCHED)
+@other_seeds
+def test_what_a_batch_cannot_show_is_named_and_no_other(kind, learnt, change, change_batches, rate,
+                                                        updates, words, seed, capsys):
+    torch.manual_seed(seed)
+    network = other_network(kind, learnt, seed)
+    _, batches, told, _ = OTHERS[kind]
+    if change:
+        change(network)
+    watch = monitor.Watch(network, **told)
+    train_other(kind, network, updates, rate, change_batches and change_batches(batches), watch)
+    assert watch.findings
+    assert all(words.split(' cnn')[0].split(' gru')[0] in line for line in watch.findings)
+    assert words in watch.findings[0]
+    assert f'    > {watch.findings[0]}\n' in capsys.readouterr().out
+
+
+def test_watch_leaves_all_as_it_was():
+    """Gradients, buffers, modes and random numbers, in a network that draws some in eval mode."""
+    torch.manual_seed(0)
+    network = Images()
+    network.cnn[1].eval()
+    network.normalise = lambda x: (x + torch.randn_like(x)).log_softmax(2)
+    network.register_buffer('seen', torch.zeros(()))
+    network.register_forward_pre_hook(lambda net, _: net.seen.add_(1) and None)
+    x, *rest = image_batch()
+    log_probs = network(x)
+    F.ctc_loss(log_probs, *rest).backward()
+
+    def everything():
+        return ([p.grad.sum() for p in network.parameters()], list(network.state_dict().values()),
+                [module.training for module in network.modules()], torch.get_rng_state().sum())
+
+    before = repr(everything())
+    monitor.Watch(nn.parallel.DataParallel(network))(log_probs, *rest, x)
+    assert repr(everything()) == before
 
 
 # ---- monitor: reading and comparing runs ---------------------------------------------------------
@@ -599,14 +819,16 @@ seeds = pytest.mark.parametrize('seed', [3, 4, 5])  # thresholds were chosen on 
     ('--train_data=others.tsv --valid_data=corpus/valid.jsonl --skip_bad', (),
      'recordings and transcripts do not belong together'),
     ('--interctc_weight=0', (model.BiLSTM, 'forward', faint),
-     'the gradient does not reach every part'),
-    ('', (model.BatchNorm, 'forward', forgetful), "batch norm's running statistics"),
+     'the gradient does not reach backbone'),
+    ('', (model.BatchNorm, 'forward', forgetful), 'training and eval mode differ'),
 ])
-def test_a_planted_fault_is_named_and_no_other(flags, patch, words, seed, small_run, monkeypatch):
+def test_a_planted_fault_is_named_and_no_other(flags, patch, words, seed, small_run, monkeypatch,
+                                               capsys):
     if patch:
         monkeypatch.setattr(*patch)
     run = small_run('--frames_per_output=4', '--epochs=4', f'--seed={seed}', *flags.split())
-    assert words in monitor.next_step(run['log'], run['config'])
+    advice = monitor.next_step(run['log'], run['config'])
+    assert words in advice or f'\n{words}' in capsys.readouterr().out
 
 
 @slow

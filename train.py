@@ -44,7 +44,7 @@ import monitor
 
 CHECK_UP_TO = 5000      # utterances; files of larger corpora are decoded first only with --skip_bad
 OVERFIT_UPDATES = 50    # at least, in an epoch of --overfit
-TRAIN_EVALUATED = 32    # training utterances that are scored after each epoch
+WATCH_EVERY = 100       # updates
 
 
 # ---- the fixes -----------------------------------------------------------------------------------
@@ -238,28 +238,24 @@ def make_optimizer(network: nn.Module, args: argparse.Namespace, updates: int) -
 
 
 def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: torch.optim.AdamW,
-                schedule: object, history: dict[str, list[float]], letters: float,
+                schedule: object, history: dict[str, list[float]], watch: monitor.Watch,
                 args: argparse.Namespace) -> None:
-    """One pass over the batches; what is watched of each update goes to the history.
-
-    letters: monitor.letter_entropy of the transcripts. Raises monitor.UserError at a gradient that
-    is not finite.
+    """One pass over the batches; figures of each update go to the history, and the watch looks at
+    one of WATCH_EVERY. Raises monitor.UserError at a gradient that is not finite.
     """
     network.train()
-    for number, batch in enumerate(batches):
+    for batch in batches:
         mels, lengths, targets, target_lengths = [x.to(args.device) for x in batch[:4]]
         layers, output_lengths = network(mels, lengths, every_layer=True)
-        if number == 0:
-            for finding in monitor.check_ctc(layers[-1].transpose(0, 1), targets, output_lengths,
-                                             target_lengths, untrained=True):
-                print('    !', finding)
         # Averaged over utterances, each one's loss divided by its number of labels: nats per label.
         first, loss = [F.ctc_loss(log_probs.transpose(0, 1), targets, output_lengths,
                                   target_lengths) for log_probs in (layers[0], layers[-1])]
         optimizer.zero_grad()
         # Intermediate CTC: (1 - weight) * loss + weight * first, the first layer's own.
         loss.lerp(first, args.interctc_weight).backward()
-        norms = monitor.gradient_norms(getattr(network, 'module', network))
+        if len(history['gradient']) % WATCH_EVERY == 0:
+            watch(layers[-1], targets, output_lengths, target_lengths, mels, lengths)
+        norms = monitor.gradient_norms(watch.network)
         norm = norms['gradient'].item()
         if not math.isfinite(norm):
             raise monitor.UserError(
@@ -272,7 +268,7 @@ def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: to
         optimizer.step()
         schedule.step()
         watched = {'train_loss': loss.item(), 'clipped': clipped} | norms
-        watched |= monitor.output_figures(layers[-1], output_lengths, target_lengths, letters)
+        watched |= monitor.output_figures(layers[-1], output_lengths)
         for name, value in watched.items():
             history[name].append(float(value))
 
@@ -280,16 +276,14 @@ def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: to
 @torch.no_grad()
 def evaluate(network: nn.Module, utterances: Sequence[data.Utterance], alphabet: Sequence[str],
              args: argparse.Namespace, language_model: model.CharacterModel | None = None,
-             batch_size: int = 16) -> dict:
+             batch_size: int = 16) -> tuple[float, list]:
     """Score every utterance once, greedily and, with a language model, by beam search.
 
-    -> 'loss', of the utterances that CTC can align; 'entropy' and
-    'sound', of monitor.output_figures; and 'rows' in the order of the utterances: [file, said,
-    heard, heard by beam search, the best symbol of every output].
+    -> the mean loss of the utterances that CTC can align; and in the order of the utterances rows:
+    [file, said, heard, heard by beam search, the best symbol of every output].
     """
     network.eval()
-    losses, figures, rows = [], [], {}
-    letters = monitor.letter_entropy([data.encode(u.text, alphabet) for u in utterances])
+    losses, rows = [], {}
     batches = data.loader(data.Speech(utterances, alphabet),
                           data.evaluation_batches(utterances, batch_size), args.workers)
     for batch in data.progress(batches, 'scoring'):
@@ -298,7 +292,6 @@ def evaluate(network: nn.Module, utterances: Sequence[data.Utterance], alphabet:
         loss = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, lengths, batch.target_lengths,
                           reduction='none') / batch.target_lengths
         losses += loss[~loss.isinf()].tolist()
-        figures.append(monitor.output_figures(log_probs, lengths, batch.target_lengths, letters))
         decoded = model.greedy_decode(log_probs, lengths)
         for i, symbols, clip, length in zip(batch.indices, decoded, log_probs, lengths.tolist()):
             clip = clip[:length]
@@ -308,10 +301,7 @@ def evaluate(network: nn.Module, utterances: Sequence[data.Utterance], alphabet:
             rows[i] = [' '.join(utterances[i].path.name.split()), utterances[i].text,
                        data.decode(symbols, alphabet), beam,
                        data.show_path(clip.argmax(1).tolist(), alphabet)]
-    return {'loss': mean(losses or [math.inf]),
-            'entropy': mean(batch['entropy'] for batch in figures),
-            'sound': mean(batch['sound'] for batch in figures),
-            'rows': [rows[i] for i in sorted(rows)]}
+    return mean(losses or [math.inf]), [rows[i] for i in sorted(rows)]
 
 
 def rates_of(rows: Sequence[Sequence[str]], heard: int = 2) -> dict:
@@ -392,7 +382,16 @@ def save(content: dict | str, path: Path) -> None:
             torch.save(content, part)
 
 
-def load_state(path: Path, learning: dict) -> tuple[list[dict], dict[str, list[float]]]:
+def save_state(path: Path, learning: dict, watch: monitor.Watch, log: list[dict],
+               history: dict[str, list[float]]) -> None:
+    """Save all that an epoch hands on to the next. Raises monitor.UserError."""
+    save({name: part.state_dict() for name, part in learning.items()}
+         | {'random': torch.get_rng_state(), 'calls': watch.calls, 'findings': watch.findings,
+            'log': log, 'history': dict(history)}, path)
+
+
+def load_state(path: Path, learning: dict,
+               watch: monitor.Watch) -> tuple[list[dict], dict[str, list[float]]]:
     """Bring what learns back to the end of a run's last whole epoch -> its log and history."""
     if not path.exists():
         return [], defaultdict(list)
@@ -401,6 +400,7 @@ def load_state(path: Path, learning: dict) -> tuple[list[dict], dict[str, list[f
         for name, part in learning.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state['random'])
+        watch.calls, watch.findings = state['calls'], state['findings']
         return state['log'], defaultdict(list, state['history'])
 
 
@@ -416,31 +416,29 @@ def epoch_batches(speech: data.Speech, epoch: int, args: argparse.Namespace) -> 
     return batches
 
 
+def watch_network(network: model.Recogniser) -> monitor.Watch:
+    """What looks at an update now and then."""
+    return monitor.Watch(network, lambda *inputs: network(*inputs)[0], batch_first=True)
+
+
 def all_weights(network: nn.Module) -> Tensor:
     """A copy of all weights, as one row."""
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-def validate(network: model.Recogniser, splits: data.Splits, config: dict, log: Sequence[dict],
+def validate(network: model.Recogniser, splits: data.Splits, config: dict, record: dict,
              args: argparse.Namespace) -> tuple[dict, list]:
-    """Score after an epoch, and add what that says to the last record of the log, with the phase
+    """Score after an epoch, and add what that says to its record of the log, with the phase
     -> scores, and rows of evaluate; both empty without validation data."""
-    record = log[-1]
-    # The same network in eval mode: where it does worse, batch norm's statistics are not right.
-    some = evaluate(network, splits.train[:TRAIN_EVALUATED], config['alphabet'], args)
-    record['train_eval_loss'] = some['loss']
     scores, rows, lines = {}, [], config['plateaus']
     if splits.valid:
-        found = evaluate(network, splits.valid, config['alphabet'], args)
-        rows, lines = found['rows'], config['valid_plateaus']
+        loss, rows = evaluate(network, splits.valid, config['alphabet'], args)
+        lines = config['valid_plateaus']
         rates = rates_of(rows)
         scores = {'valid': rates}
-        record |= {'valid_loss': found['loss'], 'valid_entropy': found['entropy'],
-                   'valid_sound': found['sound'], 'wer': rates['wer'], 'cer': rates['cer'],
+        record |= {'valid_loss': loss, 'wer': rates['wer'], 'cer': rates['cer'],
                    'deletions': rates['deletions'] / rates['words']}
-    _, constant = lines
-    record['phase'] = monitor.name_phase(record, constant, log[-2] if len(log) > 1 else None)
-    record['warnings'] = monitor.diagnose(record)
+    record['phase'] = monitor.name_phase(monitor.judged_by(record), lines)
     return scores, rows
 
 
@@ -459,7 +457,8 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
     updates = len(epoch_batches(speech, 0, args))
     optimizer, schedule = make_optimizer(network, args, updates * args.epochs)
     learning = {'network': network, 'optimizer': optimizer, 'schedule': schedule}
-    log, history = load_state(folder / 'state.pt', learning)
+    watch = watch_network(network)
+    log, history = load_state(folder / 'state.pt', learning, watch)
     trained = network
     if ranks > 1:  # several processes average their gradients
         trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
@@ -469,25 +468,24 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
         before = all_weights(network)
         batches = data.loader(speech, epoch_batches(speech, len(log), args), args.workers)
         train_epoch(trained, data.progress(batches, f'epoch {len(log) + 1}: update'), optimizer,
-                    schedule, history, config['letter_entropy'], args)
+                    schedule, history, watch, args)
         change = (all_weights(network) - before).norm() / before.norm()
         record = {'epoch': len(log) + 1, 'updates': len(history['train_loss']),
                   'seconds': time.time() - start + (log[-1]['seconds'] if log else 0),
-                  'weight_change': change.item(), **monitor.epoch_summary(history, updates),
+                  'weight_change': change.item(), 'warnings': watch.findings,
+                  **{name: mean(values[-updates:]) for name, values in history.items()},
                   **monitor.plateaus_left(history['train_loss'], config['plateaus'])}
         log.append(record)
         if rank:
             continue  # the first process validates, saves and prints
-        scores, rows = validate(network, splits, config, log, args)
+        scores, rows = validate(network, splits, config, record, args)
         if monitor.best_epoch(log) is record:
             save({'format': model.FORMAT, 'config': asdict(network.config),
                   'alphabet': config['alphabet'], 'model': network.state_dict(),
                   'language_model': language_model,
                   'run': config | {'epoch': len(log), 'scores': scores}}, folder / 'best.pt')
         save(''.join(json.dumps(record) + '\n' for record in log), folder / 'log.jsonl')
-        save({name: part.state_dict() for name, part in learning.items()}
-             | {'random': torch.get_rng_state(), 'log': log, 'history': dict(history)},
-             folder / 'state.pt')
+        save_state(folder / 'state.pt', learning, watch, log, history)
         print(monitor.epoch_line(record), flush=True)
         if rows:
             _, said, heard, _, path = rows[len(log) % len(rows)]
@@ -504,7 +502,7 @@ def score(checkpoint: model.Checkpoint, utterances: Sequence[data.Utterance], sp
     Writes what was said and heard into the run folder, and prints the rates.
     """
     network, alphabet, _, language_model = checkpoint
-    rows = evaluate(network.to(args.device), utterances, alphabet, args, language_model)['rows']
+    _, rows = evaluate(network.to(args.device), utterances, alphabet, args, language_model)
     lines = ['\t'.join(row[:4]) + '\n' for row in [['file', 'said', 'heard', 'beam'], *rows]]
     save(''.join(lines), Path(args.run_dir) / f'{split}.tsv')
     results = {split: rates_of(rows), f'{split}, beam search': rates_of(rows, heard=3)}
@@ -572,7 +570,7 @@ def benchmark(network: model.Recogniser, speech: data.Speech, config: dict,
     for name, work in (
             ('features', lambda: list(load())),
             ('features and update', lambda: train_epoch(
-                network, load(), optimizer, schedule, defaultdict(list), config['letter_entropy'],
+                network, load(), optimizer, schedule, defaultdict(list), watch_network(network),
                 args)),
             ('inference, batch 1', lambda: evaluate(network, clips, speech.alphabet, args,
                                                     batch_size=1)),
