@@ -461,10 +461,11 @@ def judge_parts(calls: Sequence[Mapping]) -> Iterator[str]:
     last = calls[-1]
     norms = last.get('gradients', {})
     for part, norm in norms.items():
-        faint = UNREACHED * max(norms.values())
-        if norm == 0 or norm < faint and last['phase'] in PLATEAUS:
+        first = calls[0]['gradients']
+        faint = norm < UNREACHED * max(norms.values())
+        if norm == 0 or faint and last['phase'] in PLATEAUS:
             cause = 'look above it for detach(), no_grad(), a dead layer or very small weights'
-            if calls[0]['gradients'][part] > faint:
+            if first[part] > 30 * UNREACHED * max(first.values()):
                 cause = 'it did at first, so lower the learning rate, and start again'
             yield (f'the gradient does not reach {part}: its norm is {norm:.1e}, that of another '
                    f'part {max(norms.values()):.1e}; {cause}')

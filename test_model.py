@@ -814,7 +814,7 @@ seeds = pytest.mark.parametrize('seed', [3, 4, 5])  # thresholds were chosen on 
 @seeds
 @pytest.mark.parametrize('flags,patch,words', [
     ('--learning_rate=3e-6', (), 'the weights hardly move'),
-    ('--learning_rate=1e-1', (), 'the weights change too fast'),
+    ('--learning_rate=1e-1', (), 'lower the learning rate'),
     ('--epochs=1 --num_train_samples=200', (), 'updates are few'),
     ('--train_data=others.tsv --valid_data=corpus/valid.jsonl --skip_bad', (),
      'recordings and transcripts do not belong together'),
@@ -828,7 +828,7 @@ def test_a_planted_fault_is_named_and_no_other(flags, patch, words, seed, small_
         monkeypatch.setattr(*patch)
     run = small_run('--frames_per_output=4', '--epochs=4', f'--seed={seed}', *flags.split())
     advice = monitor.next_step(run['log'], run['config'])
-    assert words in advice or f'\n{words}' in capsys.readouterr().out
+    assert words in capsys.readouterr().out + advice
 
 
 @slow
