@@ -80,8 +80,9 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     return resampled[:ceil(len(wave) * up / down)] * (up / down)
 
 
-def read_audio(path: str | Path) -> tuple[Tensor, int]:
-    """Any file that libsndfile reads -> wave (S,) float32, the channels' mean, and its rate in Hz.
+def read_audio(path: str | Path, channel: int = 0) -> tuple[Tensor, int]:
+    """Any file that libsndfile reads -> wave (S,) float32, and its rate in Hz: of one channel,
+    counted from 1, or the channels' mean.
 
     Raises monitor.UserError, also where a wav, aiff or au is shorter than its header says (sizes
     near 2^31 and 2^32 are those of programs that stream, and do not know).
@@ -95,15 +96,24 @@ def read_audio(path: str | Path) -> tuple[Tensor, int]:
             for said, found in re.findall(r': (\d+) \(should be (\d+)\)', file.extra_info):
                 if int(found) < int(said) < 0x7FFF0000:
                     raise ValueError(f'cut off: its header says {said} bytes, and not {found}')
-            wave = file.read(dtype='float32', always_2d=True).mean(1)
+            if channel > file.channels:
+                raise ValueError(f'it has no channel {channel}')
+            channels = file.read(dtype='float32', always_2d=True)
+            wave = channels[:, channel - 1] if channel else channels.mean(1)
         if not len(wave) or not np.abs(wave).max() < 1e6:  # also where one is not a number
             raise ValueError('it holds no samples, or some are not finite')
     return torch.from_numpy(wave), rate
 
 
-def read_wave(path: str | Path) -> Tensor:
-    """Any file that libsndfile reads -> wave (S,) at 16 kHz. Raises monitor.UserError."""
-    return resample(*read_audio(path), SAMPLE_RATE)
+def read_wave(path: str | Path, channel: int = 0) -> Tensor:
+    """read_audio at 16 kHz -> wave (S,). Raises monitor.UserError."""
+    return resample(*read_audio(path, channel), SAMPLE_RATE)
+
+
+def is_narrow(wave: Tensor) -> bool:
+    """Whether a wave (S,) at 16 kHz has nothing above 4.2 kHz, as speech from a telephone."""
+    power = torch.fft.rfft(wave).abs().square()
+    return bool(power[len(power) * 42 // 80:].sum() < 1e-5 * power.sum())
 
 
 def mel_filters() -> Tensor:
@@ -222,6 +232,9 @@ class Utterance:
     speaker: str     # '' where it is not known
     where: str       # 'manifest.jsonl:12', for messages
     offset: float | None = None  # seconds; None: the whole recording, not a part of one
+    # Where it was decoded:
+    sound: str = ''       # a digest of it
+    narrow: bool = False  # is_narrow
 
     def __post_init__(self):
         # Of its features; of the recording itself as long as that was not decoded.
@@ -385,14 +398,18 @@ def loader(speech: Speech, batches: BatchList, workers: int = 0) -> DataLoader:
 # ---- transcripts ---------------------------------------------------------------------------------
 
 def normalise_text(text: str) -> str:
-    """Lower case, NFC (one code point for a letter and its accent), single spaces."""
-    lower = text.lower().replace('i\u0307', 'i')  # what Python makes of the Turkish capital
-    return unicodedata.normalize('NFC', ' '.join(lower.split()))
+    """Lower case, NFKC (one code point for a letter and its accent; ligatures, full-width letters
+    and the like as their plain ones), one apostrophe, single spaces, nothing invisible."""
+    plain = unicodedata.normalize('NFKC', text).lower().replace('i\u0307', 'i')  # of a Turkish I
+    plain = re.sub("[\u2018\u2019\u02bc]", "'", plain)
+    visible = ''.join(c for c in plain if unicodedata.category(c) != 'Cf')
+    return unicodedata.normalize('NFC', ' '.join(visible.split()))
 
 
-def make_alphabet(utterances: Iterable[Utterance]) -> list[str]:
-    """Every character of the transcripts; symbol 0 is CTC's blank and stands for no character."""
-    return [''] + sorted({character for u in utterances for character in u.text})
+def make_alphabet(utterances: Iterable[Utterance], known: Sequence[str] = ('',)) -> list[str]:
+    """The known characters, and then every other one of the transcripts; symbol 0 is CTC's blank
+    and stands for no character."""
+    return [*known, *sorted({character for u in utterances for character in u.text} - {*known})]
 
 
 def encode(text: str, alphabet: Sequence[str]) -> list[int]:
@@ -416,11 +433,11 @@ def show_path(symbols: Iterable[int], alphabet: Sequence[str]) -> str:
 
 def punctuation_note(alphabet: Iterable[str]) -> str | None:
     """What to know of characters that are written and not said, None without any."""
-    said = "-'\u2019"
-    marks = [c for c in alphabet if c not in said and unicodedata.category(c)[0] in 'PS']
+    marks = [c for c in alphabet if c not in "-'" and unicodedata.category(c)[:1] in 'PSN']
     if not marks:
         return None
-    return f'punctuation is learnt as letters are; remove what is not said: {" ".join(marks)}'
+    return ('punctuation and digits are learnt as letters are; remove what is not said, and write '
+            f'numbers as they are said: {" ".join(marks)}')
 
 
 TOO_SHORT = 'too short for its text; correct or remove it, or lower --frames_per_output'
@@ -454,12 +471,16 @@ def numbered_lines(path: Path) -> Iterator:
 
 
 def json_rows(path: Path) -> Iterator:
-    """JSON lines, as NeMo has them: {"audio_filepath": "1.flac", "text": "go", "duration": 1.8}.
+    """JSON lines, as NeMo has them: {"audio_filepath": "1.flac", "text": "go", "duration": 1.8}; or
+    an array of such objects.
 
     With an "offset", in seconds, an utterance is that part of a longer recording.
     """
-    for where, line in numbered_lines(path):
-        yield where, json.loads, line
+    text = path.read_text(encoding='utf-8-sig', errors='replace')
+    if text.lstrip().startswith('['):
+        return ((f'{path}: object {number}', dict, row)
+                for number, row in enumerate(json.loads(text), 1))
+    return ((where, json.loads, line) for where, line in numbered_lines(path))
 
 
 def table_rows(path: Path, **form: object) -> Iterator:
@@ -542,7 +563,10 @@ def corpus_rows(path: Path, split: str) -> Iterator:
 def find_audio(name: str, folder: Path) -> Path:
     """The file of a name in a folder or in its clips/, as Common Voice has it, with its suffix or
     without. Raises ValueError."""
-    for place, suffix in itertools.product((folder, folder / 'clips'), SUFFIXES):
+    # As it is written, with Windows' back-slashes, or with accents as a Mac writes them.
+    names = dict.fromkeys([name, name.replace('\\', '/'), unicodedata.normalize('NFD', name),
+                           unicodedata.normalize('NFC', name)])
+    for name, place, suffix in itertools.product(names, (folder, folder / 'clips'), SUFFIXES):
         audio = place / f'{name}{suffix}'
         if audio.is_file():
             return audio
@@ -606,35 +630,51 @@ class Splits(NamedTuple):
 
 def check_recordings(splits: Splits) -> None:
     """Decode every file, note its true duration and frames, faults and problems."""
+    texts = {}
     for u in progress(splits.train + splits.valid + splits.test, 'checking recordings'):
         with listing(splits.faults, u.where):
             wave, rate = load_utterance(u)
             u.duration = len(wave) / rate
-            mels, _ = features(resample(wave, rate, SAMPLE_RATE))
+            resampled = resample(wave, rate, SAMPLE_RATE)
+            mels, _ = features(resampled)
             u.frames = len(mels)
-            for problem, found in recording_problems(wave, rate).items():
+            u.narrow = is_narrow(resampled)
+            u.sound = hashlib.sha256(wave.numpy()).hexdigest()
+            before = texts.setdefault(u.sound, u)
+            problems = recording_problems(wave, rate) | {
+                'narrow-band, as from a telephone: nothing above 4 kHz': u.narrow,
+                'of two channels that differ, of which the mean is taken': channels_differ(u.path),
+                'of the same sound as another': before is not u,
+                'of the same sound as another, and another text': before.text != u.text}
+            for problem, found in problems.items():
                 if found:
                     splits.problems[problem].append(u.path.name)
 
 
 def hold_out(splits: Splits, seed: int) -> Splits:
-    """Move a tenth of training to validation: whole speakers where all are known, and ten or more.
-    """
-    groups = [u.speaker for u in splits.train]
-    choice = 'whole speakers'
-    if len(set(groups)) < 10 or '' in groups:
-        groups = [u.path.stem for u in splits.train]  # segments of one file stay together
-        choice = 'at random: not all speakers are known, or under ten'
-    if len(set(groups)) == 1:
-        groups = [u.where for u in splits.train]      # but those of a single one
-    shuffled = default_rng(seed).permutation(sorted(set(groups)))
-    held_out = set(shuffled[:ceil(len(shuffled) / 10)])
-    train, valid = [], []
-    for u, group in zip(splits.train, groups):
-        side = valid if group in held_out else train
-        side.append(u)
-    note = f'held out for validation: {len(valid)} utterances, {choice}'
-    return splits._replace(train=train, valid=valid, notes=[note])
+    """Move a tenth of training to validation: whole speakers where all are known, and ten or more,
+    but none who has more than a tenth of the utterances; else recordings, at random. Recordings of
+    the same sound stay together."""
+    train = splits.train
+    groups = [u.speaker for u in train]
+    sizes = Counter(groups)
+    smaller = [speaker for speaker, size in sizes.items() if size <= len(train) / 10]
+    wanted, choice = ceil(len(sizes) / 10), 'whole speakers'
+    if len(smaller) < max(9, wanted) or '' in groups:
+        groups = [u.path.stem for u in train]  # segments of one file stay together
+        if len(set(groups)) == 1:
+            groups = [u.where for u in train]  # but those of a single one
+        smaller = list(set(groups))
+        wanted = ceil(len(smaller) / 10)
+        choice = 'at random: not all speakers are known, or under ten have their share'
+    shuffled = default_rng(seed).permutation(sorted(smaller))
+    held_out = set(shuffled[:wanted])
+    sounds = {u.sound for u, group in zip(train, groups) if group in held_out} - {''}
+    parts = [], []
+    for u, group in zip(train, groups):
+        parts[group in held_out or u.sound in sounds].append(u)
+    note = f'held out for validation: {len(parts[1])} utterances, {choice}'
+    return splits._replace(train=parts[0], valid=parts[1], notes=[note])
 
 
 def read_splits(
@@ -676,6 +716,15 @@ def read_splits(
 
 # ---- inspection ----------------------------------------------------------------------------------
 
+def channels_differ(path: Path) -> bool:
+    """Whether a recording's first channel is not nearly the mean of all, as of a person each."""
+    if soundfile.info(path).channels == 1:
+        return False
+    mean, _ = read_audio(path)
+    first, _ = read_audio(path, 1)
+    return bool((first - mean).square().sum() > 0.1 * mean.square().sum())
+
+
 def recording_problems(wave: Tensor, rate: int) -> dict:
     """Whether something is wrong with a recording (S,) that can be read -> {what: whether it is}.
 
@@ -687,7 +736,6 @@ def recording_problems(wave: Tensor, rate: int) -> dict:
     three_in_a_row = at_peak.unfold(0, 3, 1).all(1)
     mels = log_mels(F.pad(resample(wave, rate, SAMPLE_RATE), (WINDOW, WINDOW)))
     return {
-        f'sampled at {rate} Hz, so all above {rate // 2} Hz is missing': rate < SAMPLE_RATE,
         'near-silent, nowhere above -50 dB of full scale': loudest < 0.003,
         'clipped, the peaks are flat': loudest > 0 and three_in_a_row.sum() >= 5,
         'digital silence for more than a fifth of it': (wave == 0).float().mean() > 0.2,
@@ -695,13 +743,15 @@ def recording_problems(wave: Tensor, rate: int) -> dict:
     }
 
 
-def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
+def describe_corpus(splits: Splits, frames_per_output: int,
+                    known: Sequence[str] = ('',)) -> dict:
     """Print what a corpus holds for training (at least one utterance) and validation -> what is to
-    be remembered of it: alphabet, utterances, hours, plateaus (losses in nats per label of uniform
-    and of constant output), and digest, by which a change of texts or durations is seen.
+    be remembered of it: alphabet (the known characters first), utterances, hours, narrow (whether
+    some are narrow-band), plateaus (losses in nats per label of uniform and of constant output),
+    and digest, by which a change of texts or durations is seen.
     """
     train = splits.train
-    alphabet = make_alphabet(train)
+    alphabet = make_alphabet(train, known)
     targets = [encode(u.text, alphabet) for u in train]
 
     def plateaus(utterances, texts):
@@ -713,7 +763,9 @@ def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
     seconds = torch.tensor([u.duration for u in train], dtype=torch.float64)
     text = ' '.join(u.text for u in train)
     rare = [character for character, count in Counter(text).items() if count < 10]
-    unseen = set(' '.join(u.text for u in splits.valid).split()).difference(text.split())
+    known_words = set(monitor.words_of(text))
+    unseen = set(monitor.words_of(' '.join(u.text for u in splits.valid))) - known_words
+    sentences = {u.text for u in train}
     outputs_a_label = outputs / sum(map(len, targets))
     print(f'training    {len(train)} utterances, {seconds.sum() / 3600:.2f} hours, '
           f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)')
@@ -724,6 +776,8 @@ def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
     print('plateaus    {:.2f} (uniform), {:.2f} (constant) nats per label'.format(*lines))
     print(f'validation  {len(splits.valid)} utterances, {len(unseen)} words not in training:',
           *sorted(unseen))
+    print(f'repeated    {len(train) - len(sentences)} sentences within training, '
+          f'{sum(u.text in sentences for u in splits.valid)} of validation in training')
     if outputs_a_label < 2:
         print('that is fast speech: try a lower --frames_per_output')
     lengths = [(u.duration, len(u.text)) for u in train]
@@ -732,7 +786,7 @@ def describe_corpus(splits: Splits, frames_per_output: int) -> dict:
             print(note)
     known = [f'{u.text} {u.duration}' for u in train + splits.valid + splits.test]
     return {'alphabet': alphabet, 'utterances': len(train), 'hours': seconds.sum().item() / 3600,
-            'plateaus': lines,
+            'narrow': any(u.narrow for u in train), 'plateaus': lines,
             'valid_plateaus': plateaus(splits.valid, [encode(u.text, alphabet)
                                                       for u in splits.valid]),
             'digest': hashlib.sha256('\n'.join(known).encode()).hexdigest()}

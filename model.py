@@ -43,7 +43,7 @@ import functools
 import itertools
 import json
 import math
-import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -618,7 +618,7 @@ def timed_words(transcript: 'Transcript', checkpoint: 'Checkpoint') -> list[Word
     path = align(log_probs, symbols)
     words = []
     before = 0  # where the outputs of the word before end
-    for match in re.finditer('[^ ]+', text):
+    for match in monitor.WORD.finditer(text):
         outputs = ((path >= match.start()) & (path < match.end())).nonzero()[:, 0]
         emitted = log_probs[outputs, symbols[path[outputs]]]
         # Letters on both sides of a silence are no word: the side with most outputs is.
@@ -748,12 +748,18 @@ def read_character_model(path: str, alphabet: list[str]) -> CharacterModel:
             texts.append(data.normalise_text(''.join(known)))
         if not any(texts):
             raise ValueError('it holds nothing in the characters of the training transcripts')
-    return CharacterModel.of_texts(filter(None, texts))
+    return CharacterModel.of_texts(data.progress(texts, 'counting sentence'))
+
+
+NARROW = ('nothing above 4 kHz, as from a telephone, and the model was trained on wider speech: '
+          'expect many more errors')
 
 
 def transcribe_clip(clip: str, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """Print, and draw, what the flags ask for of a clip. Raises monitor.UserError."""
-    wave = data.read_wave(clip)
+    wave = data.read_wave(clip, args.channel)
+    if data.is_narrow(wave) and not checkpoint.run['narrow']:
+        print(f'{clip}: {NARROW}', file=sys.stderr)
     with monitor.error_at(clip):
         transcript = transcribe(checkpoint, wave, args.beam, args.times or args.plot)
     print(f'{clip}: {transcript.text}' if len(args.clips) > 1 else transcript.text)
@@ -778,6 +784,8 @@ def main(argv: list[str] | None = None) -> None:
         help='texts kept by beam search with the character model; 0: greedy')
     add('--lm_text', help='text file, one sentence a line, to build the character model of --beam '
                           'from; unset: the training transcripts')
+    add('--channel', type=monitor.number(int, 0, 64), default=0,
+        help='of a recording, as of a call with a person on each, from 1; 0: the mean of all')
     add('--plot', help='draw the (last) clip into this .png, .svg or .pdf file; needs matplotlib')
     args = parser.parse_args(argv)
     with monitor.one_line_ends('model.py'):

@@ -220,6 +220,16 @@ def edit_counts(reference: Sequence, hypothesis: Sequence) -> tuple[int, int, in
     return errors, substitutions, insertions, insertions - longer
 
 
+# Thai, Lao, Burmese, Khmer, kana, Chinese characters: of scripts without spaces.
+UNSPACED = '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff'
+WORD = re.compile(f'[{UNSPACED}]|[^ {UNSPACED}]+')
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text; in scripts that are written without spaces, each character is one."""
+    return WORD.findall(text)
+
+
 def bootstrap_interval(errors: Tensor, words: Tensor, samples: int = 1000) -> list[float]:
     """The middle 95 % of the word error rates of samples of as many utterances, in per cent.
 
@@ -234,12 +244,12 @@ def bootstrap_interval(errors: Tensor, words: Tensor, samples: int = 1000) -> li
 def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict:
     """Word, character and sentence error rates in per cent, with counts and the WER's interval.
 
-    (S + I + D) / reference length; errors are pooled over all utterances. A sentence is wrong if a
-    word of it is. There must be a word to score.
+    (S + I + D) / reference length; errors are pooled over all utterances. Words are those of
+    words_of. A sentence is wrong if a word of it is. There must be a word to score.
     """
-    edits = torch.tensor([edit_counts(r.split(), h.split())
+    edits = torch.tensor([edit_counts(words_of(r), words_of(h))
                           for r, h in zip(references, hypotheses)])    # (N, 4)
-    words = torch.tensor([len(r.split()) for r in references])
+    words = torch.tensor([len(words_of(r)) for r in references])
     errors, substitutions, insertions, deletions = edits.sum(0).tolist()
     character_errors = sum(edit_counts(r, h)[0] for r, h in zip(references, hypotheses))
     return {'wer': 100 * errors / int(words.sum()),
@@ -692,7 +702,7 @@ def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
         update = last[f'left_{line}']
         yield f'left the {line} plateau: ' + (f'at update {update}' if update else 'never')
     if 'wer' in last:
-        best = best_epoch(log)
+        best = best_epoch([*config['start'], *log])
         yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
                f"CER {best['cer']:.2f} %")
     yield f'how to go on: {next_step(log, config)}'
@@ -741,7 +751,7 @@ def word_errors(runs: Sequence[Mapping], column: int) -> Tensor:
     was heard."""
     errors = []
     for run in runs:
-        errors.append([edit_counts(sentence[1].split(), sentence[column].split())[0]
+        errors.append([edit_counts(words_of(sentence[1]), words_of(sentence[column]))[0]
                        for sentence in run['sentences']])
     return torch.tensor(errors).float()
 
@@ -755,7 +765,7 @@ def print_comparison(runs: Sequence[Mapping]) -> None:
     for run, own in zip(runs, said):
         if not own or own != said[0]:
             raise UserError(f'{run["name"]}: not finished, or other recordings were scored')
-    words = torch.tensor([len(text.split()) for _, text in said[0]])
+    words = torch.tensor([len(words_of(text)) for _, text in said[0]])
     flags = [run['config']['flags'] for run in runs]
     differ = [name for name in flags[0] if name not in NO_SETTINGS
               and len({str(own.get(name)) for own in flags}) > 1]

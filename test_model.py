@@ -202,6 +202,14 @@ def test_error_rates_by_hand():
                                    'utterances': 3})
 
 
+@pytest.mark.parametrize('text,words', [
+    ("it's no go", ["it's", 'no', 'go']), ('今日は go', ['今', '日', 'は', 'go']), ('', []),
+])
+def test_characters_are_words_where_there_are_no_spaces(text, words):
+    assert monitor.words_of(text) == words
+    assert not words or monitor.error_rates([text], [text[1:]])['words'] == len(words)
+
+
 # ---- monitor: plateaus ---------------------------------------------------------------------------
 
 def test_uniform_line_is_the_loss_of_a_uniform_output():
@@ -321,7 +329,7 @@ HEALTHY = {'epoch': 1, 'seconds': 60.0, 'updates': 1000, 'train_loss': 1.0,
            'left_constant': 300, 'phase': 'learning', 'warnings': []}
 VALIDATED = HEALTHY | {'valid_loss': 1.2, 'wer': 20.0, 'cer': 5.0, 'deletions': 0.02}
 STUCK = {'phase': 'constant', 'left_constant': None}
-CONFIG = {'plateaus': (8.0, 3.0), 'valid_plateaus': (8.0, 3.0)}
+CONFIG = {'plateaus': (8.0, 3.0), 'valid_plateaus': (8.0, 3.0), 'start': []}
 
 
 @pytest.mark.parametrize('loss,phase', [
@@ -971,6 +979,8 @@ def test_a_bad_recording_is_named(name, end, place, new, reason, tmp_path):
     (unicodedata.normalize('NFD', 'Naïve'), 'naïve'),
     ('İYİ', 'iyi'),
     ("ПРИВЕТ 你好 it's", "привет 你好 it's"),
+    ('\ufeffco\u00adope\u200brate don\u2019t don\u02bct', "cooperate don't don't"),
+    ('of\ufb01ce Ａｂｃ', 'office abc'),
 ])
 def test_alphabet_round_trip_in_any_script(written, text):
     alphabet = data.make_alphabet(make_utterances([text, 'z']))
@@ -981,7 +991,7 @@ def test_alphabet_round_trip_in_any_script(written, text):
 
 
 def test_punctuation_is_noticed():
-    assert data.punctuation_note(['', ' ', "'", '-', '.', '?', 'é']).endswith(': . ?')
+    assert data.punctuation_note(['', ' ', "'", '-', '.', '?', '7', 'é']).endswith(': . ? 7')
     assert data.punctuation_note(['', ' ', "'", 'é']) is None
 
 
@@ -1153,6 +1163,19 @@ def test_a_tenth_is_held_out(speakers):
     assert heard.isdisjoint(u.speaker for u in splits.valid) == (speakers == 20)
 
 
+def test_no_speaker_with_most_of_the_recordings_is_held_out():
+    """Nor one of two recordings of the same sound."""
+    utterances = make_utterances('a' * 120)
+    for i, u in enumerate(utterances):
+        u.path, u.sound = Path(f'{i:03}.wav'), f'{i // 2}'
+        u.speaker = 'one' if i < 60 else f's{i // 2 % 15}'
+    for seed in range(20):
+        splits = data.hold_out(data.Splits(utterances, [], [], [], {}, {}), seed)
+        assert 'one' not in {u.speaker for u in splits.valid}
+        assert 6 <= len(splits.valid) <= 12
+        assert {u.sound for u in splits.valid}.isdisjoint(u.sound for u in splits.train)
+
+
 START = {  # of a corpus: the first line, and a good one
     'jsonl': ['', '{"audio": "0.wav", "text": "go"}'],
     'csv': ['path,sentence', '0.wav,go'],
@@ -1189,6 +1212,21 @@ def test_a_bad_row_is_named_and_the_others_are_read(form, line, reason, tmp_path
     assert [u.text for u in splits.train] == ['go', 'go']
     assert fault.startswith(f'{manifest}:3: ')
     assert reason in fault
+
+
+def test_rows_of_other_systems_are_read(tmp_path):
+    """An array for lines; names with Windows' back-slashes, and with accents as a Mac writes them.
+    """
+    mac = unicodedata.normalize('NFD', 'é.wav')
+    write_noise(tmp_path / mac)
+    (tmp_path / 'clips').mkdir()
+    write_noise(tmp_path / 'clips/1.wav')
+    (tmp_path / 'm.json').write_text(json.dumps([
+        {'path': 'é.wav', 'text': 'go'}, {'path': 'clips\\1.wav', 'text': 'no'},
+        {'path': '2.wav', 'text': 'no'}], indent=1))
+    utterances, faults = data.read_corpus(tmp_path / 'm.json')
+    assert {u.path.name for u in utterances} == {mac, '1.wav'}
+    assert list(faults) == [f'{tmp_path / "m.json"}: object 3']
 
 
 @pytest.mark.parametrize('name', ['u.wav', 'u.flac', 'u.mp3'])
@@ -1245,6 +1283,21 @@ def test_fuzzed_manifests_give_utterances_or_lines(form, tmp_path):
 
 # ---- data: inspection ----------------------------------------------------------------------------
 
+def test_recordings_that_deceive_are_named(tmp_path, capsys):
+    """Two of the same sound, with another text; two channels, a person on each; sentences that are
+    there again."""
+    texts = random_texts(12, 3)
+    manifest = write_corpus(tmp_path, [*texts[:10], texts[0], texts[0]])
+    (tmp_path / '9.wav').write_bytes((tmp_path / '8.wav').read_bytes())
+    voice, _ = soundfile.read(tmp_path / '11.wav')
+    soundfile.write(tmp_path / '10.wav', np.array([0.1 * voice[::-1], voice]).T, 16000)
+    data.main([manifest])
+    out = capsys.readouterr().out
+    assert '1 files of the same sound as another, and another text: 9.wav' in out
+    assert '1 files of two channels that differ, of which the mean is taken: 10.wav' in out
+    assert re.search('repeated    [12] sentences within training, [012] of validation', out)
+
+
 def test_inspection_names_problems(tmp_path, capsys):
     """Of ten good utterances, one with each problem, and one that is not there."""
     manifest = write_corpus(tmp_path, [*random_texts(10, 3), *['abc!'] * 6])
@@ -1254,7 +1307,7 @@ def test_inspection_names_problems(tmp_path, capsys):
         'near-silent, nowhere above': voice / 1000,
         'digital silence': np.append(voice, np.zeros(8000)),
         'a click or a bang': np.append(voice / 5, 0.9),
-        'above 4000 Hz is missing': voice,
+        'nothing above 4 kHz': voice,
     }
     for i, wave in enumerate(problems.values(), 10):
         soundfile.write(tmp_path / f'{i}.wav', wave, 16000 if i < 14 else 8000)
@@ -1740,6 +1793,19 @@ def test_a_missing_clip_does_not_stop_the_others(hear, capsys):
     assert capsys.readouterr().out == '0.wav: seven two nine\n'
 
 
+def test_what_was_not_in_training_is_said(hear, capsys):
+    """Speech from a telephone; of two channels, one is transcribed by a flag."""
+    wave, rate = soundfile.read('0.wav')
+    narrow = data.resample(torch.tensor(wave).float(), 16000, 8000).numpy()
+    soundfile.write('phone.wav', narrow, 8000)
+    model.main(['run/best.pt', 'phone.wav'])
+    assert 'phone.wav: nothing above 4 kHz' in capsys.readouterr().err
+    soundfile.write('call.wav', np.array([0 * wave, wave]).T, rate)
+    assert hear('run/best.pt call.wav --channel=2') == hear('run/best.pt 0.wav')
+    assert 'call.wav: cannot be used (it has no channel 3)' in exit_code(
+        model.main, 'run/best.pt', 'call.wav', '--channel=3')
+
+
 @pytest.mark.parametrize('command,words', [
     ('no.pt', 'no.pt: cannot be used'),
     ('digits.txt', 'digits.txt: cannot be used'),
@@ -1895,7 +1961,7 @@ def test_a_share_of_the_loss_is_the_first_layers(tiny):
     ('--undo=luck', 'forget_bias'), ('--device=abacus', 'abacus'),
     ('--undo=all --only=dropout', 'not allowed with'), ('--init_from=none.pt', 'none.pt'),
     ('--evaluate=none.pt', '--test_data'), ('--train_data=no.tsv', 'no.tsv'),
-    ('--resume=runs/it', 'it takes --device and --workers')])
+    ('--resume=runs/it', 'it takes --resume, --device, ')])
 def test_bad_flags_end_in_a_message(flag, words, corpus, tmp_path, capsys):
     message = exit_code(train.main, *corpus, '--run_dir', tmp_path / 'run', *flag.split())
     if message == 2:  # argparse prints, and exits with a number
@@ -1934,7 +2000,7 @@ def effect(*flags):
     """What each fix changes, at the default settings: weights, lengths, optimiser, loop."""
     args = train.parse_flags(flags)
     torch.manual_seed(0)
-    network = train.make_network(['', *'ab '], args)
+    network = train.make_network(['', *'ab '], None, args)
     optimizer, schedule = train.make_optimizer(network, args, 100)
     group, = optimizer.param_groups
     lstm = network.recurrent[0].forward_lstm
@@ -2153,16 +2219,32 @@ def test_a_resumed_run_is_the_one_that_was_stopped(stopped):
 # ---- train: weights of another run, scoring, --overfit -------------------------------------------
 
 def test_a_run_can_start_from_anothers_weights(tiny, corpus, tmp_path, capsys):
-    """With the same characters, with others, and not in a network of another size."""
+    """With the same characters; with others, which alone are drawn; not in a network of another
+    size."""
     source = ['--init_from', str(tiny() / 'best.pt'), '--learning_rate=0']
     other = [*corpus, '--epochs=1', '--run_dir', str(tmp_path / 'run'), *SMALL, *source]
     assert '--init_from' in exit_code(train.main, *other, '--hidden=8')
     train.main(other)
-    assert 'the head is new' in capsys.readouterr().out
-    before, same, after = map(read_weights, (tiny(), tiny(*source), tmp_path / 'run'))
-    deep = 'backbone.deep.projection.weight'
-    assert before[deep] == same[deep] == after[deep]
-    assert before['head.weight'] == same['head.weight'] != after['head.weight']
+    assert 'epoch   0: WER ' in capsys.readouterr().out
+    before, same, after = [model.load_checkpoint(run / 'best.pt')
+                           for run in (tiny(), tiny(*source), tmp_path / 'run')]
+    letters = len(before.alphabet)
+    assert same.alphabet == before.alphabet == after.alphabet[:letters] != after.alphabet
+    for name, weights in before.network.state_dict().items():
+        if 'running' not in name and 'tracked' not in name:
+            assert torch.equal(same.network.state_dict()[name], weights)
+            assert torch.equal(after.network.state_dict()[name][:letters], weights) or (
+                torch.equal(after.network.state_dict()[name], weights))
+
+
+def test_best_pt_is_never_worse_than_what_a_run_starts_from(by_heart, tmp_path):
+    manifest = str(by_heart.parent / 'm.jsonl')
+    train.main(['--train_data', manifest, '--valid_data', manifest, '--init_from',
+                str(by_heart / 'best.pt'), '--epochs=2', '--blocks=3', '--hidden=64',
+                '--learning_rate=1', '--run_dir', str(tmp_path / 'run')])
+    assert read_log(tmp_path / 'run')[-1]['wer'] > 0
+    assert model.load_checkpoint(tmp_path / 'run/best.pt').run['epoch'] == 0
+    assert read_results(tmp_path / 'run')['valid']['wer'] == 0
 
 
 def test_overfit_learns_by_heart_and_a_checkpoint_is_scored(by_heart, tmp_path):

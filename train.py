@@ -45,6 +45,8 @@ import monitor
 CHECK_UP_TO = 5000      # utterances; files of larger corpora are decoded first only with --skip_bad
 OVERFIT_UPDATES = 50    # at least, in an epoch of --overfit
 WATCH_EVERY = 100       # updates
+RESUMED = ('--resume', '--device', '--workers', '--train_data', '--valid_data', '--test_data')
+FINE_TUNING = 5e-5      # learning rate of --init_from: the usual one unlearns what is there
 
 
 # ---- the fixes -----------------------------------------------------------------------------------
@@ -156,9 +158,11 @@ FLAGS = {  # by group: name, a type or the choices, default, help
         ('beam', WHOLE, model.BEAM, 'texts kept by beam search with the character model'),
         ('run_dir', str, time.strftime('runs/%Y%m%d-%H%M%S'), 'new folder for the results'),
         ('resume', str, None,
-         'go on with the run of this folder, by its own flags; takes none but --device, --workers'),
+         'go on with the run of this folder, by its own flags; takes none but --device, --workers, '
+         'and the data flags, where its data lies elsewhere now'),
         ('init_from', str, None,
-         "start from a checkpoint's weights; the head is new where the alphabet differs"),
+         "start from a checkpoint's weights, those of new characters apart, with a learning rate "
+         f'of {FINE_TUNING} unless another is given; best.pt is never worse'),
         ('evaluate', str, None, 'train nothing; score this checkpoint on --test_data'),
         ('device', str, 'cpu', 'cpu, cuda, cuda:1, ...'),
         ('benchmark', bool, False,
@@ -205,12 +209,14 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.evaluate and not args.test_data:
         parser.error('--evaluate needs --test_data, the corpus to score on')
+    if args.init_from:
+        parser.set_defaults(learning_rate=FINE_TUNING)
     for name in undone_fixes(args):
         parser.set_defaults(**{FIXES[name].setting: FIXES[name].before})
     if args.resume:
         typed = {word.partition('=')[0] for word in argv or sys.argv if word.startswith('--')}
-        if typed - {'--resume', '--device', '--workers'}:
-            parser.error('--resume has the flags of its run; it takes --device and --workers')
+        if not typed <= set(RESUMED):
+            parser.error(f'--resume has the flags of its run; it takes {", ".join(RESUMED)}')
         with monitor.error_at(f'--resume {args.resume}'):
             config = json.loads((Path(args.resume) / 'config.json').read_text())
         parser.set_defaults(**config['flags'] | {'run_dir': args.resume})
@@ -340,24 +346,29 @@ def read_data(args: argparse.Namespace) -> data.Splits:
     return splits._replace(train=train)
 
 
-def name_unseen(utterances: Iterable[data.Utterance], alphabet: Sequence[str]) -> None:
-    """Print which characters of utterances that are to be scored can never be said."""
-    unseen = set().union(*(u.text for u in utterances)).difference(alphabet)
+def name_unseen(utterances: Iterable[data.Utterance], checkpoint: model.Checkpoint) -> None:
+    """Print what is in utterances that are to be scored and was not in training: characters, which
+    can never be said, and speech from a telephone."""
+    unseen = set().union(*(u.text for u in utterances)).difference(checkpoint.alphabet)
     if unseen:
         print('characters that training lacks, each counted as an error:', *sorted(unseen))
+    narrow = sum(u.narrow for u in utterances)
+    if narrow and not checkpoint.run['narrow']:
+        print(f'{narrow} recordings: {model.NARROW}')
 
 
-def make_network(alphabet: list[str], args: argparse.Namespace) -> model.Recogniser:
-    """The network of the flags, with the weights of --init_from. Raises monitor.UserError."""
+def make_network(alphabet: list[str], start: model.Checkpoint | None,
+                 args: argparse.Namespace) -> model.Recogniser:
+    """The network of the flags, with the weights of a checkpoint to start from, whose alphabet
+    comes first in the new one: a new character's row of the head is drawn, the others are taken
+    over. Raises monitor.UserError."""
     settings = {field.name: getattr(args, field.name) for field in fields(model.Config)}
     network = model.Recogniser(model.Config(**settings | {'vocab_size': len(alphabet)}))
-    if args.init_from and not (Path(args.run_dir) / 'state.pt').exists():
-        source = model.load_checkpoint(args.init_from)
-        weights = source.network.state_dict()
-        if source.alphabet != alphabet:
-            print('the head is new: the checkpoint was trained on other characters')
-            weights |= {f'head.{name}': weight for name, weight in network.head.named_parameters()}
+    if start:
+        weights = start.network.state_dict()
         with monitor.error_at(f'--init_from {args.init_from}'):
+            for name, drawn in network.head.state_dict(prefix='head.').items():
+                weights[name] = torch.cat([weights[name], drawn[len(start.alphabet):]])
             network.load_state_dict(weights)
     with monitor.error_at(f'--device {args.device}'):
         return network.to(args.device)
@@ -380,6 +391,14 @@ def save(content: dict | str, path: Path) -> None:
             part.write_text(content, encoding='utf-8')
         else:
             torch.save(content, part)
+
+
+def save_checkpoint(network: model.Recogniser, language_model: str, run: dict,
+                    folder: Path) -> None:
+    """Save best.pt, a plain dict. Raises monitor.UserError."""
+    save({'format': model.FORMAT, 'config': asdict(network.config), 'alphabet': run['alphabet'],
+          'model': network.state_dict(), 'language_model': language_model, 'run': run},
+         folder / 'best.pt')
 
 
 def save_state(path: Path, learning: dict, watch: monitor.Watch, log: list[dict],
@@ -463,6 +482,8 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
     if ranks > 1:  # several processes average their gradients
         trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
                                                       find_unused_parameters=True)
+    if config['start'] and not log and rank == 0:
+        save_checkpoint(network, language_model, config | config['start'][0], folder)
     while len(log) < args.epochs and not (args.overfit and log and log[-1]['cer'] == 0):
         start = time.time()
         before = all_weights(network)
@@ -479,11 +500,9 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
         if rank:
             continue  # the first process validates, saves and prints
         scores, rows = validate(network, splits, config, record, args)
-        if monitor.best_epoch(log) is record:
-            save({'format': model.FORMAT, 'config': asdict(network.config),
-                  'alphabet': config['alphabet'], 'model': network.state_dict(),
-                  'language_model': language_model,
-                  'run': config | {'epoch': len(log), 'scores': scores}}, folder / 'best.pt')
+        if monitor.best_epoch(config['start'] + log) is record:
+            save_checkpoint(network, language_model, config | {'epoch': len(log), 'scores': scores},
+                            folder)
         save(''.join(json.dumps(record) + '\n' for record in log), folder / 'log.jsonl')
         save_state(folder / 'state.pt', learning, watch, log, history)
         print(monitor.epoch_line(record), flush=True)
@@ -524,7 +543,7 @@ def finish(checkpoint_path: str | Path, splits: data.Splits, args: argparse.Name
     for split in 'valid', 'test':
         if getattr(splits, split):
             utterances = getattr(splits, split)
-            name_unseen(utterances, checkpoint.alphabet)
+            name_unseen(utterances, checkpoint)
             found, rows = score(checkpoint, utterances, split, known, args)
             results |= found
     right = [u for u, row in zip(utterances, rows) if row[1] == row[2]]
@@ -610,6 +629,31 @@ def make_folder(config: dict, args: argparse.Namespace) -> None:
     save(json.dumps(config, indent=1), Path(args.run_dir) / 'config.json')
 
 
+def prepare(splits: data.Splits, args: argparse.Namespace) -> tuple[dict, model.Recogniser]:
+    """What a run knows before it trains, which config.json keeps, and its network; what it starts
+    from is scored as epoch 0. Raises monitor.UserError."""
+    folder = Path(args.run_dir)
+    saved, start = {'alphabet': [''], 'start': []}, None
+    if args.resume:
+        with monitor.error_at(f'--resume {folder}'):
+            saved = json.loads((folder / 'config.json').read_text())
+    if args.init_from and not (folder / 'state.pt').exists():
+        start = model.load_checkpoint(args.init_from)
+        saved['alphabet'] = start.alphabet
+    config = {'flags': vars(args), 'start': saved['start']}
+    config |= data.describe_corpus(splits, args.frames_per_output, saved['alphabet'])
+    if saved.get('digest', config['digest']) != config['digest']:
+        raise monitor.UserError(f'--resume {folder}: the texts or durations of its data have '
+                                'changed')
+    network = make_network(config['alphabet'], start, args)
+    if start and splits.valid:
+        _, rows = evaluate(network, splits.valid, config['alphabet'], args)
+        rates = rates_of(rows)
+        config['start'] = [{'epoch': 0, 'scores': {'valid': rates}, **rates}]
+        monitor.print_scores({'epoch   0': rates})
+    return config, network
+
+
 def run(args: argparse.Namespace) -> None:
     """Train and score as the flags say. Raises monitor.UserError, OSError."""
     # Gradients that fade through time become numbers below 1e-38, with which a CPU works many times
@@ -631,8 +675,7 @@ def run(args: argparse.Namespace) -> None:
         make_folder({'flags': vars(args)}, args)
         finish(args.evaluate, splits, args)
         return
-    config = {'flags': vars(args)} | data.describe_corpus(splits, args.frames_per_output)
-    network = make_network(config['alphabet'], args)
+    config, network = prepare(splits, args)
     if args.benchmark:
         benchmark(network, training_speech(splits, config, args), config, args)
         return
@@ -640,11 +683,7 @@ def run(args: argparse.Namespace) -> None:
         print(f'without {name}: {FIXES[name].setting} {getattr(args, FIXES[name].setting)}')
     print(f'{sum(map(torch.numel, network.parameters())):,} parameters')
     print(monitor.legend(config['plateaus']))
-    if args.resume:
-        with monitor.error_at(f'--resume {folder}'):
-            if json.loads((folder / 'config.json').read_text())['digest'] != config['digest']:
-                raise ValueError('the texts or durations of its data have changed')
-    elif rank == 0:
+    if rank == 0 and not args.resume:
         make_folder(config, args)
     if ranks > 1:
         torch.manual_seed(args.seed + rank)  # each has dropout of its own
