@@ -746,7 +746,8 @@ def read_character_model(path: str, alphabet: list[str]) -> CharacterModel:
         for line in Path(path).read_text(encoding='utf-8').splitlines():
             known = [c if c in alphabet else ' ' for c in data.normalise_text(line)]
             texts.append(data.normalise_text(''.join(known)))
-        if not any(texts):
+        texts = list(filter(None, texts))
+        if not texts:
             raise ValueError('it holds nothing in the characters of the training transcripts')
     return CharacterModel.of_texts(data.progress(texts, 'counting sentence'))
 
