@@ -113,7 +113,7 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int],
     some = every_few(possible, 16, 5000)
     of_some = functools.cache(lambda share: constant(share, some))
     best, step = 0.1, 10.0
-    while step > 1.2:
+    while step > 1.1:
         best = min(best / step, best, min(best * step, 1.0), key=of_some)
         step **= 0.5
     return mean(uniform(*one) / len(one[0]) for one in possible), constant(best, possible)
