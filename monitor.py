@@ -11,9 +11,8 @@ A stuck CTC model sits on one of two lines, both known before training, in nats 
     constant   the best output that ignores its input: mostly blank, the rest by letter frequency
                (about 2.9 for English); a falling loss that ends here has learnt nothing
 
-Nothing here needs the other modules: copy this file beside any training loop. check_ctc finds what
-is wrong with a batch of any CTC model; plateau_lines, gradient_norms, output_figures and
-error_rates watch its training.
+Nothing here needs the other modules: copy this file beside any training loop. check_ctc judges a
+batch of any CTC model, Watch any training; plateau_lines and error_rates are of use too.
 
 All that is watched is kept as plain numbers: a history is {name: [a number for each update of the
 run so far]}, of names such as 'train_loss', 'blank', 'gradient.head'. What is said of plateaus,
@@ -34,7 +33,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean as mean
+from statistics import stdev
 
 import numpy as np
 import torch
@@ -44,10 +44,10 @@ from torch import Tensor, nn
 LEFT = 0.9               # of the constant line: a plateau is left, where the loss is below this
 LEARNT = 0.1             # of the constant line: learnt, where the loss is below this
 USED = 0.5               # of the outputs' entropy: what the sound decides, in a network that hears
-DIVERGED = 10            # times the uniform line
+DIVERGED = 10, 1.2       # times the uniform line, at a first look and later
 ALIKE = 2e-6             # between log-probabilities of different clips: none of them is heard
-PADDED = 8               # outputs that a batch may have behind its longest clip, and as many again
-UNREACHED = 1e-3         # of the largest part's gradient norm: below, a part gets no gradient
+PADDED = 8               # outputs that a batch may have beyond twice its longest clip
+UNREACHED = 1e-3         # of the largest part's gradient norm, on a plateau: below, it gets none
 MIXED = 0.01             # of the gradient of a clip's outputs: what lies in other clips' inputs
 CORRELATED = 0.25        # lengths of recordings and of their transcripts, at least
 SLOW_CHANGE = 0.05       # of the weights' norm in an epoch: below, they hardly move
@@ -56,11 +56,12 @@ FEW_UPDATES = 500        # fewer may not be enough to leave the plateau
 
 PLATEAUS = ('uniform', 'constant')
 PHASES = {
-    'uniform': 'every network starts here; if it stays for hundreds of updates, raise the learning '
-               'rate, or initialise the head with larger weights',
-    'constant': 'what is heard is of no use yet, as in every network for a while; if it stays, '
-                'compare five recordings with their texts, see whether ten can be learnt by heart, '
-                'and raise the learning rate',
+    'uniform': 'every network starts here; if it stays for hundreds of updates, see that no softmax '
+               'comes before log_softmax, raise the learning rate, or initialise the head with '
+               'larger weights',
+    'constant': 'what the input tells is not used yet, as in every network for a while; if it '
+                'stays, compare five inputs with their texts, see whether ten can be learnt by '
+                'heart, and raise the learning rate',
     'learning': 'the plateau is left',
     'learnt': 'the plateau is left',
 }
@@ -82,10 +83,10 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int],
                   vocab_size: int, blank: int = 0) -> Lines:
     """The losses, in nats per label, of a uniform output and of the best constant one.
 
-    targets: symbols by utterance; lengths: outputs by utterance. Both lines come from F.ctc_loss
-    itself. The second is the best over the labels' share, of which each label gets what its
-    frequency in the texts is, and the blank the rest (shares that are free gain less than 2 %
-    more). Up to 500 utterances count, fewer where they are long, of those that have labels and
+    targets: symbols by utterance; lengths: outputs by utterance. The first is found by counting
+    paths. The second is F.ctc_loss's, the best over the labels' share, of which each label gets
+    what its frequency in the texts is, and the blank the rest (shares that are free gain less than
+    2 % more). Up to 500 utterances count, fewer where they are long, of those that have labels and
     enough outputs for them; nan where none has.
     """
     possible = [(list(map(int, target)), int(length)) for target, length in zip(targets, lengths)
@@ -221,8 +222,9 @@ def edit_counts(reference: Sequence, hypothesis: Sequence) -> tuple[int, int, in
 
 
 # Thai, Lao, Burmese, Khmer, kana, Chinese characters: of scripts without spaces.
-UNSPACED = '\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff'
-WORD = re.compile(f'[{UNSPACED}]|[^ {UNSPACED}]+')
+UNSPACED = ('\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3040-\u30ff\u3400-\u9fff'
+            '\U00020000-\U0003ffff')
+WORD = re.compile(rf'[{UNSPACED}]|[^\s{UNSPACED}]+')
 
 
 def words_of(text: str) -> list[str]:
@@ -273,7 +275,7 @@ def name_phase(loss: float, lines: Lines) -> str:
     """
     _, constant = lines
     limits = {'uniform': sum(lines) / 2, 'constant': LEFT * constant, 'learning': LEARNT * constant}
-    return next((phase for phase, limit in limits.items() if loss > limit), 'learnt')
+    return next((phase for phase, limit in limits.items() if not loss <= limit), 'learnt')
 
 
 # ---- a batch of anybody's network ----------------------------------------------------------------
@@ -305,7 +307,7 @@ def read_batch(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target
             return [f'{name} are not whole numbers; where lengths are shares of the longest, '
                     'multiply them by its number of outputs, and round'], ()
         whole.append(value.long())
-    targets, lengths, sizes = whole
+    targets, lengths, sizes = whole[0], whole[1].flatten(), whole[2].flatten()
     log_probs = torch.as_tensor(log_probs).detach().float().cpu()
     fault = wrong_shape(log_probs, targets, lengths, sizes)
     if fault:
@@ -347,8 +349,10 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
                 'each for every utterance')
     if target_lengths.min() < 0:
         return f'lengths go down to {int(target_lengths.min())} labels; count those of each text'
-    in_rows = len(targets) == batch and targets[0].numel() >= target_lengths.max()
-    if len(targets) != target_lengths.sum() if targets.dim() == 1 else not in_rows:
+    rows = targets.shape if targets.dim() == 2 else (0, 0)
+    if rows[0] != batch or rows[1] < target_lengths.max():
+        if targets.dim() == 1 and len(targets) == target_lengths.sum():
+            return None
         return (f'targets has the shape {tuple(targets.shape)} for {batch} utterances of up to '
                 f'{int(target_lengths.max())} labels; give (B, S), or all labels in one line')
     return None
@@ -437,7 +441,7 @@ def look(log_probs: Tensor, texts: Sequence[Sequence[int]], lengths: Tensor, bla
         'losses': (losses / lines[1]).tolist(),
         'lengths': list(zip(lengths.tolist(), map(len, texts))),
         'apart': apart.amax().item() if len(texts) > 1 else math.inf,
-        'ends': ends if len(shared) == len(log_probs) else 0,
+        'ends': ends if len(shared) == len(log_probs) and apart.amax() > 1.1 else 0,
         'spread': (shared.amax(2) - shared.amin(2)).max().item()}
 
 
@@ -449,7 +453,7 @@ def judge(calls: Sequence[Mapping]) -> Iterator[str]:
     where = (f'the loss is {loss:.2f} nats a label, that of a uniform output {uniform:.2f}, of the '
              f'best constant one {constant:.2f}')
     wrong = [*judge_parts(calls), *judge_course(calls)]
-    if loss > (DIVERGED if len(calls) == 1 else 1.2) * uniform:
+    if loss > DIVERGED[len(calls) > 1] * uniform:
         yield f'diverged: {where}; lower the learning rate, clip gradients, and start again'
     elif wrong:
         yield from wrong
@@ -457,11 +461,11 @@ def judge(calls: Sequence[Mapping]) -> Iterator[str]:
         yield (f'every input length is the padded one: the last outputs of {last["ends"]} clips of '
                f'{len(last["losses"])} are alike; give each clip its own length')
     elif phase in PLATEAUS and last['apart'] < ALIKE:
-        yield (f'every utterance gets the same outputs; {where}; see whether the sound reaches the '
-               'network: inputs that are all zero, a layer that is dead or cut off')
+        yield (f'every utterance gets the same outputs; {where}; see whether the input reaches the '
+               'network: values that are all zero, a layer that is dead or cut off')
     elif len(calls) == 1 and loss > constant and last['sound'] > USED:
-        yield (f'the output depends on the sound, and yet {where}; check that each transcript '
-               "belongs to its recording, and that blank and alphabet are the network's own")
+        yield (f'the output depends on the input, and yet {where}; check that each text belongs '
+               "to its input, and that blank and alphabet are the network's own")
     elif any(call['phase'] in PLATEAUS for call in calls[-2:]):
         yield f'phase {phase}: {where}; {PHASES[phase]}'
 
@@ -469,17 +473,21 @@ def judge(calls: Sequence[Mapping]) -> Iterator[str]:
 def judge_parts(calls: Sequence[Mapping]) -> Iterator[str]:
     """What is wrong with the network, of what Watch has seen."""
     last = calls[-1]
-    norms = last.get('gradients', {})
+    norms, first = (call.get('gradients', {}) for call in (last, calls[0]))
+    largest = max(norms.values(), default=0)
+    if norms and largest == 0:
+        yield ('no part has a gradient; look for detach(), no_grad() or a dead layer at the end, '
+               'and call Watch after backward() and before zero_grad()')
+        return
     for part, norm in norms.items():
-        first = calls[0]['gradients']
-        faint = norm < UNREACHED * max(norms.values())
+        faint = norm < UNREACHED * largest < math.inf  # GradScaler's first ones are infinite
         if norm == 0 or faint and last['phase'] in PLATEAUS:
             cause = 'look above it for detach(), no_grad(), a dead layer or very small weights'
-            if first[part] > 30 * UNREACHED * max(first.values()):
+            if first.get(part, 0) > 30 * UNREACHED * max(first.values()):
                 cause = 'it did at first, so lower the learning rate, and start again'
             yield (f'the gradient does not reach {part}: its norm is {norm:.1e}, that of another '
-                   f'part {max(norms.values()):.1e}; {cause}')
-        elif len(calls) > 1 and calls[-2]['weights'][part] == last['weights'][part]:
+                   f'part {largest:.1e}; {cause}')
+        elif len(calls) > 1 and calls[-2]['weights'].get(part) == last['weights'][part]:
             yield (f'the weights of {part} have not changed since the last call; give its '
                    'parameters to the optimizer, and see that it steps')
     if last.get('mixed', 0) > MIXED:
@@ -495,15 +503,17 @@ def judge_parts(calls: Sequence[Mapping]) -> Iterator[str]:
 def judge_course(calls: Sequence[Mapping]) -> Iterator[str]:
     """What is wrong with transcripts or outputs, of what Watch has seen after its first call."""
     later = calls[1:]
-    if len(later) < 4:
+    if len(later) < 2:
         return
     losses = np.concatenate([call['losses'] for call in later])
-    spreads = [call['spread'] for call in later]
+    spreads = [call['spread'] for call in later[-2:]]
     phases = {call['phase'] for call in later}
     far = (losses > 1).mean()
-    if min(spreads) > 0.9 and max(spreads) < 1.001:
+    if min(spreads) > 0.98 and max(spreads) < 1.001:
         yield ('no output has log-probabilities that differ by more than 1, as where softmax comes '
                'before log_softmax; take log_softmax of the logits alone')
+    elif len(later) < 4:
+        return
     elif max(np.median(call['losses']) for call in later) < 0.5 and far > 0.1:
         yield (f'{far:.0%} of the utterances are not learnt at all, the others are; see whether '
                'those transcripts belong to other recordings')
@@ -535,8 +545,8 @@ class Watch:
 
     network: also one within DistributedDataParallel. forward: what leads from the inputs to
     log_probs, where that is more than network(sound). blank: as F.ctc_loss takes it. batch_first:
-    log_probs are (B, T, V). Weights, gradients, buffers, mode and random numbers stay as they are:
-    training ends in the same bits with it and without.
+    log_probs are (B, T, V). Weights, gradients, buffers, mode and PyTorch's random numbers stay as
+    they are: training ends in the same bits with it and without.
     """
 
     def __init__(self, network: nn.Module, forward: Callable[..., Tensor] | None = None,
@@ -570,28 +580,29 @@ class Watch:
 
     def look_at_parts(self) -> dict:
         """Of the network's children that learn, {name: norm of the gradient}, {name: sum of the
-        weights}."""
+        weights' norms}."""
         learning = {name: [p for p in child.parameters() if p.requires_grad]
                     for name, child in self.network.named_children()}
         norms = gradient_norms(self.network)
         return {'gradients': {name: float(norms.get(f'gradient.{name}', 0))
                               for name, weights in learning.items() if weights},
-                'weights': {name: sum(p.detach().double().sum().item() for p in weights)
+                'weights': {name: sum(p.detach().double().norm().item() for p in weights)
                             for name, weights in learning.items()}}
 
     def look_in_eval_mode(self, batch: tuple, sound: Tensor, *others: object) -> dict:
         """The loss in eval mode, and which share of the gradient of the first clip's outputs lies
         in the other clips' inputs: none, but where clips mix."""
         _, texts, lengths = batch
-        sound = sound.detach().requires_grad_()
+        sound = sound.detach().float().requires_grad_()
         with in_eval_mode(self.network), torch.enable_grad():
-            log_probs = self.time_first(self.forward(sound, *others)).float().cpu()
+            log_probs = self.time_first(self.forward(sound.clone(), *others)).float().cpu()
             # As weights that are alike would find no gradient where all symbols are equally likely.
             weights = torch.linspace(-1, 1, log_probs.shape[2])
             heard = (log_probs[:lengths[0], 0] * weights).sum()
             gradient, = torch.autograd.grad(heard + 0 * sound.sum(), sound)
         size = gradient.float().abs()
-        own = size.select(size.shape.index(len(texts)), 0).sum() / size.sum()
+        owns = [size.select(dim, 0).sum() for dim, n in enumerate(size.shape) if n == len(texts)]
+        own = max(owns, default=size.sum()) / size.sum()
         seen = look(log_probs.detach(), texts, lengths, self.blank)
         return {'eval_loss': seen['loss'], 'apart': seen['apart'], 'mixed': 1 - own.item()}
 
@@ -599,15 +610,18 @@ class Watch:
 @contextlib.contextmanager
 def in_eval_mode(network: nn.Module) -> Iterator[None]:
     """A network in eval mode; then its mode, buffers and PyTorch's random numbers as they were."""
-    modes = {module: module.training for module in network.modules()}
-    buffers = {buffer: buffer.clone() for buffer in network.buffers()}
-    # cuDNN's recurrent layers have no gradient in eval mode.
-    with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=False):
-        yield network.eval()
-    for module, mode in modes.items():
-        module.training = mode
-    for buffer, before in buffers.items():
-        buffer.copy_(before)
+    kept = [(module, module.training, dict(module._buffers)) for module in network.modules()]
+    for module, _, buffers in kept:  # it works on copies
+        module._buffers.update({name: buffer.clone() for name, buffer in buffers.items()
+                                if buffer is not None})
+    try:
+        # cuDNN's recurrent layers have no gradient in eval mode.
+        with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=False):
+            yield network.eval()
+    finally:
+        for module, mode, buffers in kept:
+            module.training = mode
+            module._buffers.update(buffers)
 
 
 # ---- lines on the terminal -----------------------------------------------------------------------
@@ -924,8 +938,9 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 
 # ---- python monitor.py ---------------------------------------------------------------------------
 
-def typical_lines(outputs: int, labels: int, vocab_size: int, equal: bool) -> Lines:
-    """Both plateau lines of texts of so many labels in so many outputs, without a corpus.
+def typical_lines(outputs: int, labels: float, vocab_size: int, equal: bool) -> Lines:
+    """Both plateau lines of texts of so many labels, in the mean, in so many outputs, without a
+    corpus.
 
     The symbols are as frequent as English letters and the space; where there are more symbols, the
     rest are as rare as the rarest. equal: all are equally frequent, as on number plates. Raises
@@ -936,52 +951,55 @@ def typical_lines(outputs: int, labels: int, vocab_size: int, equal: bool) -> Li
     english = [20.9, 12.49, 9.28, 8.04, 7.64, 7.57, 7.23, 6.51, 6.28, 5.05, 4.07, 3.82, 3.34, 2.73,
                2.51, 2.40, 2.14, 1.87, 1.68, 1.66, 1.48, 1.05, 0.54, 0.23, 0.16, 0.12, 0.09]
     shares = torch.tensor((english + english[-1:] * vocab_size)[:vocab_size - 1])
-    texts = max(1, min(50, 1_000_000 // (outputs * labels)))
-    draws = torch.multinomial(torch.ones_like(shares) if equal else shares, texts * labels,
+    texts = math.ceil(min(50, 1_000_000 / (outputs * labels)))
+    sizes = [int(labels + i / texts) for i in range(texts)]
+    draws = torch.multinomial(torch.ones_like(shares) if equal else shares, sum(sizes),
                               replacement=True, generator=torch.Generator().manual_seed(0))
-    targets = (draws + 1).view(texts, labels).tolist()
+    targets = [text.tolist() for text in (draws + 1).split(sizes)]
     lines = plateau_lines(targets, [outputs] * texts, vocab_size)
     if math.isnan(lines[0]):
-        raise ValueError(f'{labels} labels with their repeats do not fit {outputs} outputs')
+        raise ValueError(f'{labels:g} labels with their repeats do not fit {outputs} outputs')
     return lines
 
 
 def read_losses(path: str) -> list[float]:
-    """The losses of a log, one a line: a number, what follows "loss" in JSON or in words, or the
-    cell of a table's first column whose name has "loss" in it. Raises UserError."""
-    losses, column = [], 0
+    """The losses of a log, one a line: the number behind "loss", as in JSON or in words, or in a
+    table's column whose name has "loss" in it, or else the last one. Raises UserError."""
+    losses, column = [], -1
     with error_at(path):
-        for line in Path(path).read_text(encoding='utf-8-sig').lower().split('\n'):
-            cells = line.split(',')
-            named = re.search(r'loss\W+(-?[\d.]\S*\d)', line)
+        for line in Path(path).read_text(encoding='utf-8-sig').lower().splitlines():
+            cells = re.split('[,;\\s]+', line.strip())
+            named = re.search(r'loss\W+?(-?(?:\d*\.?\d+(?:e[+-]?\d+)?|nan\b|inf\b))', line)
             if named:
                 losses.append(float(named[1]))
             elif 'loss' in line:
                 column = next(i for i, cell in enumerate(cells) if 'loss' in cell)
             elif line.strip():
                 losses.append(float(cells[column]))
+        if not losses:
+            raise ValueError('it holds no losses')
     return losses
 
 
 def print_lines(args: argparse.Namespace) -> None:
     """Print both plateau lines, and where the losses of a log lie. Raises UserError."""
-    outputs, labels, vocab_size = args.lines
+    outputs, labels, vocab_size = int(args.lines[0]), args.lines[1], int(args.lines[2])
     with error_at('--lines'):
         lines = typical_lines(outputs, labels, vocab_size, args.equal)
     scale = args.sum_over * labels or 1  # labels that a loss is the sum of
     unit = f'summed over {args.sum_over} texts' if args.sum_over else 'a label'
     uniform, constant = (scale * line for line in lines)
     print(f'{uniform:.2f} nats {unit}: every symbol equally likely, where training starts\n'
-          f'{constant:.2f} nats {unit}: the best output that ignores the sound; a loss that stays '
-          f'near it has learnt nothing\nof {labels} labels in {outputs} outputs, {vocab_size} '
+          f'{constant:.2f} nats {unit}: the best output that ignores the input; a loss that stays '
+          f'near it has learnt nothing\nof {labels:g} labels in {outputs} outputs, {vocab_size} '
           'symbols with the blank, as frequent as ' + ('each other' if args.equal else
                                                       'the letters of English'))
     if args.losses:
         losses = [loss / scale for loss in read_losses(args.losses)]
         window = min(20, len(losses) // 10 + 1)
         fraction = plateau_fraction(mean(losses[-window:]), lines)
-        print(f'the last of {len(losses)} losses have come {fraction:.0%} of the way from the '
-              'first line to the second')
+        print(f'the last of {len(losses)} losses lies {fraction:.0%} of the way from the first '
+              'line to the second')
         for name, update in plateaus_left(losses, lines, window).items():
             print(f'{name.replace("_", " the ")} plateau: ' +
                   (f'at loss {update}' if update else 'never'))
@@ -995,7 +1013,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add('run', nargs='*', help='run folder of train.py')
     add('--plot', metavar='FILE',
         help='draw the runs into a .png, .svg or .pdf file; needs matplotlib')
-    add('--lines', nargs=3, type=number(int, 1, 100_000), metavar=('T', 'L', 'V'),
+    add('--lines', nargs=3, type=number(float, 1, 100_000), metavar=('T', 'L', 'V'),
         help='the plateau lines of T outputs, L labels, V symbols with the blank')
     add('--equal', action='store_true',
         help='of symbols that are equally frequent, as in captchas and word pieces')
