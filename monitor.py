@@ -56,9 +56,9 @@ FEW_UPDATES = 500        # fewer may not be enough to leave the plateau
 
 PLATEAUS = ('uniform', 'constant')
 PHASES = {
-    'uniform': 'every network starts here; if it stays for hundreds of updates, see that no softmax '
-               'comes before log_softmax, raise the learning rate, or initialise the head with '
-               'larger weights',
+    'uniform': 'every network starts here; if it stays for hundreds of updates, see that no '
+               'softmax comes before log_softmax, raise the learning rate, or initialise the head '
+               'with larger weights',
     'constant': 'what the input tells is not used yet, as in every network for a while; if it '
                 'stays, compare five inputs with their texts, see whether ten can be learnt by '
                 'heart, and raise the learning rate',
