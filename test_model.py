@@ -2204,6 +2204,15 @@ def test_a_resumed_run_trains_what_is_left_and_says_that_it_is_finished(stopped,
     assert model.load_checkpoint(stopped / 'best.pt').run['epoch'] == 3
 
 
+def test_a_resumed_run_finds_its_data_where_it_lies_now(stopped):
+    corpus = stopped.parent / 'moved'
+    corpus.mkdir()
+    for file in [*stopped.parent.glob('*.wav'), stopped.parent / 'manifest.jsonl']:
+        file.rename(corpus / file.name)
+    train.main([f'--resume={stopped}', f'--train_data={corpus}/manifest.jsonl'])
+    assert len(read_log(stopped)) == 3
+
+
 def test_a_resumed_run_is_the_one_that_was_stopped(stopped):
     """With the same data, and a state that can be read."""
     manifest = stopped.parent / 'manifest.jsonl'
