@@ -476,10 +476,10 @@ def json_rows(path: Path) -> Iterator:
 
     With an "offset", in seconds, an utterance is that part of a longer recording.
     """
-    text = path.read_text(encoding='utf-8-sig', errors='replace')
-    if text.lstrip().startswith('['):
-        return ((f'{path}: object {number}', dict, row)
-                for number, row in enumerate(json.loads(text), 1))
+    _, first = next(numbered_lines(path), ('', ''))
+    if first.startswith('['):
+        rows = json.loads(path.read_text(encoding='utf-8-sig'))
+        return ((f'{path}: object {number}', dict, row) for number, row in enumerate(rows, 1))
     return ((where, json.loads, line) for where, line in numbered_lines(path))
 
 

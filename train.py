@@ -575,7 +575,7 @@ def report_overfit(run: dict) -> None:
                             f'{advice}')
 
 
-def benchmark(network: model.Recogniser, speech: data.Speech, config: dict,
+def benchmark(network: model.Recogniser, speech: data.Speech,
               args: argparse.Namespace) -> None:
     """Print the seconds of audio that pass in a second, on 40 batches, as one JSON line."""
     batches = data.training_batches(speech, args.batch_size, epoch=0)[:40]
@@ -677,7 +677,7 @@ def run(args: argparse.Namespace) -> None:
         return
     config, network = prepare(splits, args)
     if args.benchmark:
-        benchmark(network, training_speech(splits, config, args), config, args)
+        benchmark(network, training_speech(splits, config, args), args)
         return
     for name in undone_fixes(args):
         print(f'without {name}: {FIXES[name].setting} {getattr(args, FIXES[name].setting)}')
