@@ -67,6 +67,7 @@ PHASES = {
 }
 
 Lines = tuple[float, float]  # losses in nats per label: of a uniform and of a constant output
+Texts = Sequence[Sequence[int]]  # of each utterance its labels, without padding
 
 
 # ---- the two plateaus ----------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def outputs_needed(symbols: Sequence) -> int:
     return len(symbols) + sum(a == b for a, b in zip(symbols, symbols[1:]))
 
 
-def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int],
+def plateau_lines(targets: Texts, lengths: Sequence[int],
                   vocab_size: int, blank: int = 0) -> Lines:
     """The losses, in nats per label, of a uniform output and of the best constant one.
 
@@ -126,7 +127,7 @@ def every_few(utterances: list, most: int, most_outputs: int) -> list:
     return utterances[::math.ceil(max(len(utterances) / most, outputs / most_outputs))]
 
 
-def losses_per_label(log_probs: Tensor, texts: Sequence[Sequence[int]], lengths: Tensor,
+def losses_per_label(log_probs: Tensor, texts: Texts, lengths: Tensor,
                      blank: int) -> Tensor:
     """CTC's loss of each utterance, divided by its number of labels (B,)."""
     sizes = torch.tensor(list(map(len, texts)))
@@ -328,8 +329,7 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
         if (numbers % 1).any():
             return (f'{name} are not whole numbers; where lengths are shares of the longest, '
                     'multiply them by its number of outputs, and round')
-    batch = target_lengths.numel()
-    shape = tuple(log_probs.shape)
+    batch, shape = target_lengths.numel(), tuple(log_probs.shape)
     where = f'log_probs has the shape {shape} for {batch} target lengths'
     if len(shape) != 3 or 0 in shape:
         return f'{where}, not (T, B, V); of one clip, take log_probs.unsqueeze(1)'
@@ -348,16 +348,15 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
                 'each for every utterance')
     if target_lengths.min() < 0:
         return f'lengths go down to {int(target_lengths.min())} labels; count those of each text'
-    rows = targets.shape if targets.dim() == 2 else (0, 0)
-    if rows[0] != batch or rows[1] < target_lengths.max():
-        if targets.dim() == 1 and len(targets) == target_lengths.sum():
-            return None
+    longest = int(target_lengths.max())
+    padded = targets.dim() == 2 and len(targets) == batch and targets.shape[1] >= longest
+    if not padded and targets.shape != (target_lengths.sum(),):
         return (f'targets has the shape {tuple(targets.shape)} for {batch} utterances of up to '
-                f'{int(target_lengths.max())} labels; give (B, S), or all labels in one line')
+                f'{longest} labels; give (B, S), or all labels in one line')
     return None
 
 
-def check_symbols(texts: Sequence[Sequence[int]], vocab_size: int, blank: int) -> Iterator[str]:
+def check_symbols(texts: Texts, vocab_size: int, blank: int) -> Iterator[str]:
     """Targets that are not labels, or say nothing."""
     symbols = list(itertools.chain(*texts))
     if not 0 <= blank < vocab_size:
@@ -399,7 +398,7 @@ def check_normalisation(log_probs: Tensor, input_lengths: Tensor) -> Iterator[st
                'negative; take log_softmax over the last dimension')
 
 
-def check_lengths(log_probs: Tensor, texts: Sequence[Sequence[int]],
+def check_lengths(log_probs: Tensor, texts: Texts,
                   input_lengths: Tensor) -> Iterator[str]:
     """Numbers of outputs that cannot be right."""
     frames = log_probs.shape[0]
@@ -419,7 +418,7 @@ def check_lengths(log_probs: Tensor, texts: Sequence[Sequence[int]],
                'make more outputs a second, or leave them out')
 
 
-def look(log_probs: Tensor, texts: Sequence[Sequence[int]], lengths: Tensor, blank: int) -> dict:
+def look(log_probs: Tensor, texts: Texts, lengths: Tensor, blank: int) -> dict:
     """What a batch's outputs (T, B, V) have learnt, in plain numbers: output_figures, the phase and
     what it was judged by, and
 
@@ -714,7 +713,7 @@ def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
     if 'wer' in last:
         best = best_epoch([*config['start'], *log])
         yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
-               f"CER {best['cer']:.2f} %; words left out by the last: {last['deletions']:.0%}")
+               f"CER {best['cer']:.2f} %")
     yield f'how to go on: {next_step(log, config)}'
 
 
@@ -809,7 +808,7 @@ PHASE_COLOURS = {'uniform': '#999999', 'constant': '#E69F00', 'learning': '#56B4
                  'learnt': '#009E73'}
 
 
-def load_pyplot():
+def load_pyplot() -> object:
     """matplotlib.pyplot, which draws into files only. Raises UserError where it is missing."""
     with error_at('matplotlib is needed (python -m pip install matplotlib)'):
         import matplotlib

@@ -248,8 +248,7 @@ def make_optimizer(network: nn.Module, args: Namespace, updates: int) -> tuple:
 
 
 def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: torch.optim.AdamW,
-                schedule: object, history: dict[str, list[float]], watch: monitor.Watch,
-                args: Namespace) -> None:
+                schedule: object, history: dict, watch: monitor.Watch, args: Namespace) -> None:
     """One pass over the batches; figures of each update go to the history, and the watch looks at
     one of WATCH_EVERY. Raises UserError at a gradient that is not finite.
     """
@@ -396,26 +395,23 @@ def save_checkpoint(network: model.Recogniser, language_model: str, run: dict,
          folder / 'best.pt')
 
 
-def save_state(path: Path, learning: dict, watch: monitor.Watch, log: list[dict],
-               history: dict[str, list[float]]) -> None:
+def save_state(path: Path, learning: dict, **records: object) -> None:
     """Save all that an epoch hands on to the next. Raises UserError."""
-    save({name: part.state_dict() for name, part in learning.items()}
-         | {'random': torch.get_rng_state(), 'watch': (watch.calls, watch.findings), 'log': log,
-            'history': dict(history)}, path)
+    states = {name: part.state_dict() for name, part in learning.items()}
+    save(states | records | {'random': torch.get_rng_state()}, path)
 
 
-def load_state(path: Path, learning: dict,
-               watch: monitor.Watch) -> tuple[list[dict], dict[str, list[float]]]:
-    """Bring what learns back to the end of a run's last whole epoch -> its log and history."""
-    if not path.exists():
-        return [], defaultdict(list)
-    with error_at(path):
-        state = torch.load(path, weights_only=True, map_location='cpu')
-        for name, part in learning.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state['random'])
-        watch.calls, watch.findings = state['watch']
-        return state['log'], defaultdict(list, state['history'])
+def load_state(path: Path, learning: dict) -> dict:
+    """Bring what learns back to the end of a run's last whole epoch -> the run's records: log,
+    history, watch (calls and findings). Raises UserError."""
+    state = {'log': [], 'history': {}, 'watch': ([], [])}
+    if path.exists():
+        with error_at(path):
+            state = torch.load(path, weights_only=True, map_location='cpu')
+            for name, part in learning.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state['random'])
+    return state
 
 
 def epoch_batches(speech: data.Speech, epoch: int, args: Namespace) -> list:
@@ -445,8 +441,7 @@ def validate(network: model.Recogniser, splits: data.Splits, config: dict, recor
         lines = config['valid_plateaus']
         rates = rates_of(rows)
         scores = {'valid': rates}
-        record |= {'valid_loss': loss, 'wer': rates['wer'], 'cer': rates['cer'],
-                   'deletions': rates['deletions'] / rates['words']}
+        record |= {'valid_loss': loss, 'wer': rates['wer'], 'cer': rates['cer']}
     record['phase'] = monitor.name_phase(monitor.judged_by(record), lines)
     return scores, rows
 
@@ -457,8 +452,7 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
 
     state.pt is all that an epoch hands on to the next, so a killed run ends with the weights of an
     uninterrupted one (of one process, on a CPU). It is written last: killed before that, the epoch
-    is made again, with the same result. Raises UserError, OSError.
-    """
+    is made again, with the same result. Raises UserError, OSError."""
     rank, ranks = process()
     folder = Path(args.run_dir)
     speech = training_speech(splits, config, args)
@@ -467,7 +461,9 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
     optimizer, schedule = make_optimizer(network, args, updates * args.epochs)
     learning = {'network': network, 'optimizer': optimizer, 'schedule': schedule}
     watch = watch_network(network)
-    log, history = load_state(folder / 'state.pt', learning, watch)
+    state = load_state(folder / 'state.pt', learning)
+    log, history = state['log'], defaultdict(list, state['history'])
+    watch.calls, watch.findings = state['watch']
     trained = network
     if ranks > 1:  # several processes average their gradients
         trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
@@ -494,7 +490,8 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
             save_checkpoint(network, language_model, config | {'epoch': len(log), 'scores': scores},
                             folder)
         save(''.join(json.dumps(record) + '\n' for record in log), folder / 'log.jsonl')
-        save_state(folder / 'state.pt', learning, watch, log, history)
+        save_state(folder / 'state.pt', learning, log=log, history=dict(history),
+                   watch=(watch.calls, watch.findings))
         print(monitor.epoch_line(record), flush=True)
         if rows:
             _, said, heard, _, path = rows[len(log) % len(rows)]
