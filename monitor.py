@@ -112,7 +112,7 @@ def plateau_lines(targets: Texts, lengths: Sequence[int],
 
     # On a log scale: with many outputs a label the best share is far below a hundredth. It is
     # sought in tenfold steps, then in finer ones; that of a few utterances is nearly that of all.
-    some = every_few(possible, 16, 5000)
+    some = every_few(possible, 16, 2000)
     of_some = functools.cache(lambda share: constant(share, some))
     best, step = 0.1, 10.0
     while step > 1.1:
