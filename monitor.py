@@ -664,8 +664,8 @@ def read_run(folder: str | Path) -> dict:
     """What a run folder of train.py holds. Raises UserError.
 
     name, config (of config.json), log (the epochs' records; none of a checkpoint that was only
-    scored), results ({what was scored: error rates}; none of a run at work), sentences ([file,
-    said, heard, heard by beam search] of the split scored last).
+    scored), results ({what was scored: error rates}; none of a run at work), sentences (of the
+    split scored last, each {'file', 'said', 'heard', 'beam' (by beam search), 'path'}).
     """
     folder = Path(folder)
     with error_at(folder):
@@ -676,8 +676,9 @@ def read_run(folder: str | Path) -> dict:
             run['results'] = json.loads((folder / 'results.json').read_text())
         for split in 'valid', 'test':
             if split in run['results']:
-                lines = (folder / f'{split}.tsv').read_text(encoding='utf-8').split('\n')[1:-1]
-                run['sentences'] = [line.split('\t') for line in lines]
+                text = (folder / f'{split}.tsv').read_text(encoding='utf-8')
+                names, *rows = [line.split('\t') for line in text.split('\n')[:-1]]
+                run['sentences'] = [dict(zip(names, row)) for row in rows]
     return run
 
 
@@ -760,7 +761,7 @@ def print_comparison(runs: Sequence[Mapping]) -> None:
     mean (that of all their words), standard deviation and 95 % interval over utterances; of two
     groups, or of two runs, whether one is better. Raises UserError.
     """
-    said = [[text for _, text, *_ in run['sentences']] for run in runs]
+    said = [[sentence['said'] for sentence in run['sentences']] for run in runs]
     for run, own in zip(runs, said):
         if not own or own != said[0]:
             raise UserError(f'{run["name"]}: not finished, or other recordings were scored')
@@ -768,12 +769,12 @@ def print_comparison(runs: Sequence[Mapping]) -> None:
     flags = [run['config']['flags'] for run in runs]
     differ = [name for name in flags[0] if name not in NO_SETTINGS
               and len({str(own.get(name)) for own in flags}) > 1]
-    for decoding, column in ('greedy', 2), ('beam search', 3):
+    for decoding, heard in ('greedy', 'heard'), ('beam search', 'beam'):
         print(f'{decoding}: WER of each run in %, mean, deviation, 95 % interval')
         groups = {}
         for run, own in zip(runs, flags):
             name = ', '.join(f'{setting} {own.get(setting)}' for setting in differ)
-            errors = [edit_counts(words_of(sentence[1]), words_of(sentence[column]))[0]
+            errors = [edit_counts(words_of(sentence['said']), words_of(sentence[heard]))[0]
                       for sentence in run['sentences']]
             groups.setdefault(run['name'] if len(runs) == 2 else name, []).append(errors)
         groups = {name: torch.tensor(group).float() for name, group in groups.items()}
@@ -847,8 +848,8 @@ def plot_runs(runs: Sequence[Mapping], path: str) -> None:
             axes.set(xlabel='epoch', ylabel=label, yscale='linear' if 'wer' in keys else 'log')
             axes.yaxis.set_major_formatter('{x:g}')
             axes.legend(fontsize=7)
-        for _, said, heard, _ in sorted(run['sentences'], key=lambda row: len(row[1]))[-1:]:
-            lines += [f'said   {said}', f'heard  {heard}  ({run["name"]})']
+        for longest in sorted(run['sentences'], key=lambda row: len(row['said']))[-1:]:
+            lines += [f'said   {longest["said"]}', f'heard  {longest["heard"]}  ({run["name"]})']
     figure.suptitle('\n'.join(dict.fromkeys(lines)), family='monospace', x=0, ha='left')
     figure.savefig(path, dpi=120)
 

@@ -289,10 +289,10 @@ def evaluate(network: nn.Module, utterances: Sequence[data.Utterance], alphabet:
     """Score every utterance once, greedily and, with a language model, by beam search.
 
     -> the mean loss of the utterances that CTC can align; and in the order of the utterances rows:
-    [file, said, heard, heard by beam search, the best symbol of every output].
+    file, said, heard, beam (what beam search heard), path (the best symbol of every output).
     """
     network.eval()
-    losses, rows = [], [[]] * len(utterances)
+    losses, rows = [], [{}] * len(utterances)
     batches = data.loader(data.Speech(utterances, alphabet),
                           data.evaluation_batches(utterances, batch_size), args.workers)
     for batch in data.progress(batches, 'scoring'):
@@ -305,15 +305,16 @@ def evaluate(network: nn.Module, utterances: Sequence[data.Utterance], alphabet:
             u, clip, beam = utterances[i], clip[:length], ''
             if language_model:
                 beam = model.beam_decode(clip, alphabet, language_model, args.beam)
-            rows[i] = [' '.join(u.path.name.split()), u.text,
-                       data.decode(model.greedy_decode(clip), alphabet), beam,
-                       data.show_path(clip.argmax(1).tolist(), alphabet)]
+            rows[i] = {'file': ' '.join(u.path.name.split()), 'said': u.text,
+                       'heard': data.decode(model.greedy_decode(clip), alphabet), 'beam': beam,
+                       'path': data.show_path(clip.argmax(1).tolist(), alphabet)}
     return mean(losses or [math.inf]), rows
 
 
-def rates_of(rows: Sequence[Sequence[str]], heard: int = 2) -> dict:
-    """monitor.error_rates of rows of evaluate; heard: 2 greedily, 3 by beam search."""
-    return monitor.error_rates([row[1] for row in rows], [row[heard] for row in rows])
+def rates_of(rows: Sequence[dict], heard: str = 'heard') -> dict:
+    """monitor.error_rates of rows of evaluate; heard: 'heard' greedily, or by beam search 'beam'.
+    """
+    return monitor.error_rates([row['said'] for row in rows], [row[heard] for row in rows])
 
 
 # ---- data and network of a run -------------------------------------------------------------------
@@ -494,8 +495,8 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
                    watch=(watch.calls, watch.findings))
         print(monitor.epoch_line(record), flush=True)
         if rows:
-            _, said, heard, _, path = rows[len(log) % len(rows)]
-            print(f'     said {said}\n    heard {heard}\n          {path}', flush=True)
+            row = rows[len(log) % len(rows)]
+            print('     said {said}\n    heard {heard}\n          {path}'.format(**row), flush=True)
 
 
 # ---- the end of a run ----------------------------------------------------------------------------
@@ -509,13 +510,13 @@ def score(checkpoint: model.Checkpoint, utterances: Sequence[data.Utterance], sp
     """
     network, alphabet, _, language_model = checkpoint
     _, rows = evaluate(network.to(args.device), utterances, alphabet, args, language_model)
-    lines = ['\t'.join(row[:4]) + '\n' for row in [['file', 'said', 'heard', 'beam'], *rows]]
+    lines = ['\t'.join(cells) + '\n' for cells in (rows[0], *(row.values() for row in rows))]
     save(''.join(lines), Path(args.run_dir) / f'{split}.tsv')
-    results = {split: rates_of(rows), f'{split}, beam search': rates_of(rows, heard=3)}
-    new = [row for row in rows if row[1] not in known]
+    results = {split: rates_of(rows), f'{split}, beam search': rates_of(rows, 'beam')}
+    new = [row for row in rows if row['said'] not in known]
     if 0 < len(new) < len(rows):  # a language model knows the others by heart
         name = f'{split}, sentences new to training'
-        results |= {name: rates_of(new), f'{name}, beam search': rates_of(new, heard=3)}
+        results |= {name: rates_of(new), f'{name}, beam search': rates_of(new, 'beam')}
     monitor.print_scores(results)
     return results, rows
 
@@ -533,7 +534,7 @@ def finish(checkpoint_path: str | Path, splits: data.Splits, args: Namespace) ->
             name_unseen(utterances, checkpoint)
             found, rows = score(checkpoint, utterances, split, known, args)
             results |= found
-    right = [u for u, row in zip(utterances, rows) if row[1] == row[2]]
+    right = [u for u, row in zip(utterances, rows) if row['said'] == row['heard']]
     example = max(right or utterances[:1], key=lambda u: len(u.text))
     wave = data.resample(*data.load_utterance(example), data.SAMPLE_RATE)
     with data.whole_file(folder / 'clip.wav') as part:
