@@ -341,16 +341,6 @@ def read_data(args: Namespace) -> data.Splits:
     return splits._replace(train=train, valid=train if args.overfit else splits.valid)
 
 
-def name_unseen(utterances: Iterable[data.Utterance], checkpoint: model.Checkpoint) -> None:
-    """Print what is in utterances that are to be scored and was not in training: characters, which
-    can never be said, and speech from a telephone."""
-    unseen = set().union(*(u.text for u in utterances)).difference(checkpoint.alphabet)
-    if unseen:
-        print('characters that training lacks, each counted as an error:', *sorted(unseen))
-    narrow = sum(u.narrow for u in utterances)
-    if narrow and not checkpoint.run['narrow']:
-        print(f'{narrow} recordings: {model.NARROW}')
-
 
 def make_network(alphabet: list[str], start: model.Checkpoint | None,
                  args: Namespace) -> model.Recogniser:
@@ -506,9 +496,16 @@ def score(checkpoint: model.Checkpoint, utterances: Sequence[data.Utterance], sp
     """Error rates of a checkpoint, greedy and by beam search, of all utterances and of those whose
     text is not among the known -> {what was scored: rates}, rows of evaluate.
 
-    Writes what was said and heard into the run folder, and prints the rates.
+    Writes what was said and heard into the run folder, and prints the rates, and what training
+    lacked: characters, which can never be said, and speech from a telephone.
     """
-    network, alphabet, _, language_model = checkpoint
+    network, alphabet, run, language_model = checkpoint
+    unseen = set().union(*(u.text for u in utterances)).difference(alphabet)
+    if unseen:
+        print('characters that training lacks, each counted as an error:', *sorted(unseen))
+    narrow = sum(u.narrow for u in utterances)
+    if narrow and not run['narrow']:
+        print(f'{narrow} recordings: {model.NARROW}')
     _, rows = evaluate(network.to(args.device), utterances, alphabet, args, language_model)
     lines = ['\t'.join(cells) + '\n' for cells in (rows[0], *(row.values() for row in rows))]
     save(''.join(lines), Path(args.run_dir) / f'{split}.tsv')
@@ -527,15 +524,14 @@ def finish(checkpoint_path: str | Path, splits: data.Splits, args: Namespace) ->
     folder = Path(args.run_dir)
     checkpoint = model.load_checkpoint(checkpoint_path)
     known = {u.text for u in splits.train}
-    results, utterances, rows = {}, splits.train, []
-    for split in 'valid', 'test':
-        if getattr(splits, split):
-            utterances = getattr(splits, split)
-            name_unseen(utterances, checkpoint)
+    results, examples = {}, splits.train[:1]
+    for split, utterances in ('valid', splits.valid), ('test', splits.test):
+        if utterances:
             found, rows = score(checkpoint, utterances, split, known, args)
             results |= found
-    right = [u for u, row in zip(utterances, rows) if row['said'] == row['heard']]
-    example = max(right or utterances[:1], key=lambda u: len(u.text))
+            right = [u for u, row in zip(utterances, rows) if row['said'] == row['heard']]
+            examples = right or utterances[:1]
+    example = max(examples, key=lambda u: len(u.text))
     wave = data.resample(*data.load_utterance(example), data.SAMPLE_RATE)
     with data.whole_file(folder / 'clip.wav') as part:
         soundfile.write(part, wave.numpy(), data.SAMPLE_RATE)
