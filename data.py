@@ -261,8 +261,8 @@ class Speech:
     puts behind it, on the corpus too. frames_per_output: above 0, an utterance that CTC cannot
     align raises monitor.UserError; 0 lets it pass, for evaluation.
     """
-    utterances: Sequence[Utterance]
-    alphabet: Sequence[str]
+    utterances: Sequence
+    alphabet: list
     frames_per_output: int = 0
     seed: int = 0
     spec_augment: bool = False
@@ -282,7 +282,7 @@ class Speech:
         name = zlib.crc32(f'{u.path.stem} {u.text}'.encode())
         return default_rng([self.seed, epoch, name, purpose])
 
-    def draw(self, epoch: int, u: Utterance) -> tuple[list[Utterance], int]:
+    def draw(self, epoch: int, u: Utterance) -> tuple[list, int]:
         """What an item is in an epoch: the utterance and, by the chance `concat`, one more of its
         speaker's; and its speed, from 90 to 110 per cent of the recording's own.
 
@@ -326,7 +326,7 @@ class Batch(NamedTuple):
     indices: tuple          # of the utterances, B whole numbers
 
 
-def collate(items: Sequence[tuple[Tensor, Tensor, int]]) -> Batch:
+def collate(items: Sequence) -> Batch:
     """Items of Speech -> a Batch."""
     mels, targets, indices = zip(*items)
     lengths = torch.tensor(list(map(len, mels)))
@@ -361,7 +361,7 @@ def training_batches(
     return [batch[rank::ranks] or batch[:1] for batch in batches]
 
 
-def evaluation_batches(utterances: Sequence[Utterance], batch_size: int) -> list:
+def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
     """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
     for memory."""
     batches = []
@@ -397,13 +397,13 @@ def normalise_text(text: str) -> str:
     return unicodedata.normalize('NFC', ' '.join(visible.split()))
 
 
-def make_alphabet(utterances: Iterable[Utterance], known: Sequence[str] = ('',)) -> list[str]:
+def make_alphabet(utterances: Iterable, known: Sequence = ('',)) -> list:
     """The known characters, and then every other one of the transcripts; symbol 0 is CTC's blank
     and stands for no character."""
     return [*known, *sorted({character for u in utterances for character in u.text} - {*known})]
 
 
-def encode(text: str, alphabet: Sequence[str]) -> list[int]:
+def encode(text: str, alphabet: list) -> list:
     """Text -> symbols, never the blank.
 
     A character that the alphabet lacks is left out: no output can say it.
@@ -412,12 +412,12 @@ def encode(text: str, alphabet: Sequence[str]) -> list[int]:
     return [symbols[character] for character in text if character in symbols]
 
 
-def decode(symbols: Iterable[int], alphabet: Sequence[str]) -> str:
+def decode(symbols: Iterable, alphabet: list) -> str:
     """Symbols -> text."""
     return ''.join(alphabet[symbol] for symbol in symbols)
 
 
-def show_path(symbols: Iterable[int], alphabet: Sequence[str]) -> str:
+def show_path(symbols: Iterable, alphabet: list) -> str:
     """The symbols of outputs for the eye: the space as _, the blank as -."""
     return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in symbols)
 
@@ -432,15 +432,21 @@ def can_align(symbols: Sequence, frames: float, frames_per_output: int) -> bool:
 
 # ---- corpora: what reads their rows --------------------------------------------------------------
 
-# The names that tables and manifests have for the fields of a row.
-AUDIO = ('audio_filepath', 'path', 'file', 'audio', 'file_name')
-TEXT = ('text', 'sentence', 'transcript', 'transcription')
-SPEAKER = ('speaker', 'client_id')
+# What tables and manifests call the fields of a row -> what they are called here.
+NAMES = {
+    'audio_filepath': 'audio',
+    'path': 'audio',
+    'file': 'audio',
+    'file_name': 'audio',
+    'sentence': 'text',
+    'transcript': 'text',
+    'transcription': 'text',
+    'client_id': 'speaker',
+}
 SUFFIXES = ('', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus')
 
 
-
-def numbered_lines(path: Path) -> list[tuple[str, str]]:
+def numbered_lines(path: Path) -> list:
     """A text file's lines that are not empty, or a JSON array's objects -> [('file:number', line)].
 
     What is not UTF-8 becomes lone surrogates, which are refused in the row that has them.
@@ -523,25 +529,22 @@ def find_audio(name: str, folder: Path) -> Path:
 
 def make_utterance(row: dict, where: str) -> Utterance:
     """One row of a corpus -> an Utterance. Raises what Python raises where the row is wrong."""
-    fields = []
-    for names in AUDIO, TEXT, SPEAKER:
-        fields.append(next((row[name] for name in names if row.get(name) not in (None, '')), ''))
-    audio, text, speaker = fields
-    text = normalise_text(text)
+    row = {NAMES.get(name, name): value for name, value in row.items() if value not in (None, '')}
+    text = normalise_text(row.get('text', ''))
     text.encode()  # which fails where it is not UTF-8
-    if not text or not audio:
-        raise ValueError(f'it needs one of {", ".join(TEXT)} and one of {", ".join(AUDIO)}')
-    path = find_audio(audio, Path(where).parent)
-    offset = row.get('offset')
-    start = float(offset or 0)
+    if not text or 'audio' not in row:
+        raise ValueError(f'it needs text and audio, or other names of theirs; it has {list(row)}')
+    path = find_audio(row['audio'], Path(where).parent)
+    start = float(row.get('offset', 0))
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
     if not 0 <= start < start + duration - 0.001 < LONGEST:
         raise ValueError(f'duration {duration} s, offset {start} s: not within an hour')
-    return Utterance(path, text, duration, str(speaker), where, offset if offset is None else start)
+    speaker = str(row.get('speaker', ''))
+    return Utterance(path, text, duration, speaker, where, start if 'offset' in row else None)
 
 
 @contextlib.contextmanager
-def listing(faults: dict[str, str], where: str) -> Iterator[None]:
+def listing(faults: dict, where: str) -> Iterator[None]:
     """List what is wrong at a place, {where: message}, and go on."""
     try:
         with monitor.error_at(where):
@@ -551,7 +554,7 @@ def listing(faults: dict[str, str], where: str) -> Iterator[None]:
 
 
 def read_corpus(path: str | Path,
-                split: str = 'train') -> tuple[list[Utterance], dict[str, str]]:
+                split: str = 'train') -> tuple[list, dict]:
     """A corpus -> its Utterances sorted by file name, and what is wrong with others {where:
     message}.
 
@@ -577,14 +580,14 @@ def read_corpus(path: str | Path,
 
 class Splits(NamedTuple):
     """What read_splits found."""
-    train: list[Utterance]
-    valid: list[Utterance]
-    test: list[Utterance]
+    train: list
+    valid: list
+    test: list
     faults: dict     # {where: message} of utterances that cannot be used
     problems: dict   # {what is wrong: names of files} of usable recordings
 
 
-def hold_out(train: Sequence[Utterance], seed: int) -> tuple[list[Utterance], list[Utterance]]:
+def hold_out(train: list, seed: int) -> tuple[list, list]:
     """Training without a tenth, and that tenth for validation: whole speakers where all are known,
     and ten or more, but none who has more than a tenth of the utterances; else recordings, at
     random. Recordings of the same sound stay together."""
@@ -683,7 +686,7 @@ def check_recording(u: Utterance, twins: dict) -> list:
 
 
 def describe_corpus(splits: Splits, frames_per_output: int,
-                    known: Sequence[str] = ('',)) -> dict:
+                    known: Sequence = ('',)) -> dict:
     """Print what a corpus holds for training (at least one utterance) and validation -> what is to
     be remembered of it: alphabet (the known characters first), utterances, hours, narrow (whether
     some are narrow-band), plateaus (losses in nats per label of uniform and of constant output),
@@ -691,34 +694,29 @@ def describe_corpus(splits: Splits, frames_per_output: int,
     """
     train, valid = splits.train, splits.valid
     alphabet = make_alphabet(train, known)
-    lines = []
-    for utterances in train, valid:
+    plateaus = []  # of uniform and of constant outputs
+    for utterances in valid, train:
         outputs = [ceil(u.frames / frames_per_output) for u in utterances]
-        texts = [encode(u.text, alphabet) for u in utterances]
-        lines.append(monitor.plateau_lines(texts, outputs, len(alphabet)))
+        targets = [encode(u.text, alphabet) for u in utterances]
+        plateaus.append(monitor.plateau_lines(targets, outputs, len(alphabet)))
+    outputs_a_label = sum(outputs) / sum(map(len, targets))  # of training
     seconds = [u.duration for u in train]
     hours = sum(seconds) / 3600
-    text = ' '.join(u.text for u in train)
-    counts = dict(Counter(text).most_common())
-    unsaid = [c for c in counts if c not in "-'" and unicodedata.category(c)[0] in 'PSN']
-    outputs = sum(u.frames for u in train) / frames_per_output
-    words = monitor.words_of(' '.join(u.text for u in valid))
-    unseen = sorted(set(words).difference(monitor.words_of(text)))
-    sentences = {u.text for u in train}
+    texts = [u.text for u in train]
+    counts = dict(Counter(' '.join(texts)).most_common())
+    marks = [c for c in counts if c not in "-'" and unicodedata.category(c)[0] in 'PSN']
     print(f'training    {len(train)} utterances, {hours:.2f} hours, '
           f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)\n'
+          f'validation  {len(valid)} utterances\n'
+          f'repeated    {len(train) - len(set(texts))} sentences within training, '
+          f'{sum(u.text in texts for u in valid)} of validation in training\n'
           f'seconds     median {np.median(seconds):.1f}, longest {max(seconds):.1f}\n'
           f'characters  {counts}\n'
-          f'not said    {" ".join(unsaid) or "none"} (punctuation and digits are learnt as letters '
+          f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
-          f'outputs     {outputs / len(text):.1f} a character (under 2: fast speech, try a lower '
-          '--frames_per_output)\n'
-          'plateaus    {:.2f} (uniform), {:.2f} (constant) nats per label\n'
-          f'validation  {len(valid)} utterances, {len(unseen)} words not in training: '
-          f'{" ".join(unseen)}\n'
-          f'repeated    {len(train) - len(sentences)} sentences within training, '
-          f'{sum(u.text in sentences for u in valid)} of validation in training')
-    for warning in monitor.unrelated_lengths([(u.duration, len(u.text)) for u in train]):
+          f'outputs     {outputs_a_label:.1f} a label (under 2: fast speech, try a lower '
+          '--frames_per_output)')
+    for warning in monitor.unrelated_lengths(list(zip(seconds, map(len, texts)))):
         print(warning)
     known = [f'{u.text} {u.duration}' for u in train + valid + splits.test]
     return {
@@ -726,8 +724,8 @@ def describe_corpus(splits: Splits, frames_per_output: int,
         'utterances': len(train),
         'hours': hours,
         'narrow': any(u.narrow for u in train),
-        'plateaus': lines[0],
-        'valid_plateaus': lines[1],
+        'plateaus': plateaus[1],
+        'valid_plateaus': plateaus[0],
         'digest': hashlib.sha256('\n'.join(known).encode()).hexdigest(),
     }
 
@@ -869,7 +867,7 @@ def unit_power(response: Tensor) -> Tensor:
     return response / response.abs().square().mean(0).sqrt()
 
 
-def tube_response(tract: float, formants: Sequence[Tensor]) -> Tensor:
+def tube_response(tract: float, formants: list) -> Tensor:
     """The vocal tract's (257, n): a resonance for each formant, the fourth and above fixed."""
     response = torch.ones(257, 1)
     upper = tract * torch.arange(3500, 8000, 1000)
@@ -930,27 +928,24 @@ def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
     return wave.numpy(), times
 
 
-def speak_corpus(folder: Path) -> None:
-    """Speak the whole built-in corpus into a new folder: texts of one to six random words. Raises
+def speak(split: str, folder: Path) -> None:
+    """Speak one part of the built-in corpus into a folder: texts of one to six random words. Raises
     OSError."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of many small operations, threads would wait for each other
-    for split, (first_speaker, speakers, utterances) in BUILTIN.items():
-        rng = default_rng(first_speaker)
-        (folder / split).mkdir(parents=True)
-        with open(folder / f'{split}.jsonl', 'w') as manifest:
-            for i in progress(range(utterances), f'speaking {split}'):
-                path = f'{split}/{i:04}.flac'
-                text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
-                speaker = first_speaker + i % speakers
-                wave, _ = synthesise(text, speaker)
-                soundfile.write(folder / path, wave, SAMPLE_RATE)
-                row = {'path': path, 'text': text, 'speaker': f'{speaker}'}
-                print(json.dumps(row), file=manifest)
-    torch.set_num_threads(threads)
+    first_speaker, speakers, utterances = BUILTIN[split]
+    rng = default_rng(first_speaker)
+    (folder / split).mkdir(parents=True)
+    with open(folder / f'{split}.jsonl', 'w') as manifest:
+        for i in progress(range(utterances), f'speaking {split}'):
+            path = f'{split}/{i:04}.flac'
+            text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
+            speaker = first_speaker + i % speakers
+            wave, _ = synthesise(text, speaker)
+            soundfile.write(folder / path, wave, SAMPLE_RATE)
+            row = {'path': path, 'text': text, 'speaker': f'{speaker}'}
+            print(json.dumps(row), file=manifest)
 
 
-def builtin_corpus(folder: str = 'corpus') -> dict[str, str]:
+def builtin_corpus(folder: str = 'corpus') -> dict:
     """Speak the built-in corpus into a folder, once -> {'train': manifest, 'valid': ..., 'test':
     ...}.
 
@@ -958,11 +953,15 @@ def builtin_corpus(folder: str = 'corpus') -> dict[str, str]:
     """
     if not os.path.exists(folder):
         print(f'speaking the built-in corpus into {folder}, once', flush=True)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # of many small operations, threads would wait for each other
         with tempfile.TemporaryDirectory(prefix='unfinished.', dir=Path(folder).parent) as parent:
             spoken = Path(parent) / 'corpus'
-            speak_corpus(spoken)
+            for split in BUILTIN:
+                speak(split, spoken)
             with contextlib.suppress(OSError):  # another process may have been at it, and faster
                 spoken.rename(folder)
+        torch.set_num_threads(threads)
     return {split: f'{folder}/{split}.jsonl' for split in BUILTIN}
 
 
@@ -998,7 +997,7 @@ def inspect_corpus(path: str) -> None:
         raise monitor.UserError('\n'.join([*splits.faults.values(), left]))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence | None = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
     parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder); '
                                      'with --say, the audio file to write')
