@@ -463,7 +463,7 @@ def numbered_lines(path: Path) -> list:
 
 def table_row(line: str, header: str, **form: object) -> dict:
     """A line of a table, a CSV one or one in another form."""
-    row, = csv.DictReader([header, line], strict=True, **form)
+    row, = csv.DictReader([header, line], **form)
     if None in row or None in row.values():
         raise ValueError('it has not as many columns as the header')
     return row
@@ -477,7 +477,7 @@ def librispeech_row(line: str, _: str) -> dict:
 
 
 def sphinx_row(line: str, file: str) -> dict:
-    """CMU Sphinx's "<s> GO </s> (an251-fash-b)" and the same line of the .fileids, "fash/an251-fash-b".
+    """CMU Sphinx's "<s> GO </s> (an251-fash-b)", and "fash/an251-fash-b" of the .fileids.
 
     Fillers (<sil>, ++NOISE++, [COUGH]) and the numbers of alternates, HELLO(2), are dropped.
     """
@@ -505,12 +505,11 @@ def transcript_files(path: Path, split: str) -> list:
     """The files of a corpus that hold its texts: in a folder LibriSpeech's, or Sphinx's of a split;
     else the path itself. Raises ValueError."""
     files = [*path.rglob('[!.]*.trans.txt'), *path.glob(f'etc/*{split}*.transcription')]
-    if path.is_file() and path.suffix in FORMS:
-        files = [path]
-    if not files:
-        raise ValueError(f'it is no file that ends in one of {" ".join(FORMS)}, and no folder with '
+    files = sorted(files) or [path]
+    if files[0].suffix not in FORMS:
+        raise ValueError(f'it should end in one of {" ".join(FORMS)}, or be a folder with '
                          '*.trans.txt or etc/*.transcription')
-    return sorted(files)
+    return files
 
 
 # ---- corpora: utterances, hold-out, faults -------------------------------------------------------
@@ -553,8 +552,7 @@ def listing(faults: dict, where: str) -> Iterator[None]:
         faults.setdefault(where, str(error))
 
 
-def read_corpus(path: str | Path,
-                split: str = 'train') -> tuple[list, dict]:
+def read_corpus(path: str | Path, split: str = 'train') -> tuple[list, dict]:
     """A corpus -> its Utterances sorted by file name, and what is wrong with others {where:
     message}.
 
@@ -667,9 +665,9 @@ def check_recording(u: Utterance, twins: dict) -> list:
     u.narrow = is_narrow(at_16_khz)
     u.sound = hashlib.sha256(wave.numpy()).hexdigest()
     twin = twins.setdefault(u.sound, u)
-    size = F.pad(wave.abs(), (1, 1))
+    size = wave.abs()
     at_peak = size >= 0.9999 * size.max()
-    mels = log_mels(F.pad(at_16_khz, (WINDOW, WINDOW)))
+    mels = log_mels(at_16_khz)
     problems = {
         'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
         'clipped, the peaks are flat':  # five times, three samples in a row
@@ -703,20 +701,21 @@ def describe_corpus(splits: Splits, frames_per_output: int,
     seconds = [u.duration for u in train]
     hours = sum(seconds) / 3600
     texts = [u.text for u in train]
+    sentences = set(texts)
     counts = dict(Counter(' '.join(texts)).most_common())
     marks = [c for c in counts if c not in "-'" and unicodedata.category(c)[0] in 'PSN']
     print(f'training    {len(train)} utterances, {hours:.2f} hours, '
           f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)\n'
           f'validation  {len(valid)} utterances\n'
-          f'repeated    {len(train) - len(set(texts))} sentences within training, '
-          f'{sum(u.text in texts for u in valid)} of validation in training\n'
+          f'repeated    {len(train) - len(sentences)} sentences within training, '
+          f'{sum(u.text in sentences for u in valid)} of validation in training\n'
           f'seconds     median {np.median(seconds):.1f}, longest {max(seconds):.1f}\n'
           f'characters  {counts}\n'
           f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
           f'outputs     {outputs_a_label:.1f} a label (under 2: fast speech, try a lower '
           '--frames_per_output)')
-    for warning in monitor.unrelated_lengths(list(zip(seconds, map(len, texts)))):
+    for warning in monitor.unrelated_lengths([*zip(seconds, map(len, texts))]):
         print(warning)
     known = [f'{u.text} {u.duration}' for u in train + valid + splits.test]
     return {
@@ -858,8 +857,8 @@ def make_source(pitch: float, steps: int, rng: Generator) -> Tensor:
     cosines = np.sin((2 * harmonics + 1) * half_phase) / np.sin(half_phase) - 1
     pulses = cosines / np.sqrt(2 * harmonics)
     noise = rng.standard_normal(samples)
-    waves = torch.tensor(np.array([pulses, noise])).float()
-    return torch.stft(waves, **SPECTRUM, return_complex=True)
+    waves = np.array([pulses, noise], 'float32')
+    return torch.stft(torch.tensor(waves), **SPECTRUM, return_complex=True)
 
 
 def unit_power(response: Tensor) -> Tensor:
@@ -886,7 +885,7 @@ def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
     (the filter). Raises ValueError for another word.
     """
     words = text.split()
-    if not words or not set(words) <= set(WORDS):
+    if not set(words) <= set(WORDS):
         raise ValueError(f'{text!r}: the synthesiser says {", ".join(WORDS)}')
     # The voice: factors of its formants (a shorter tract has higher ones, and a higher pitch) and
     # of its speed, the level of its breath in dB, where its source's slope begins in Hz.
@@ -984,7 +983,7 @@ def progress(items: Sequence, what: str) -> Iterator:
     monitor.clear_status()
 
 
-def inspect_corpus(path: str) -> None:
+def inspect(path: str) -> None:
     """Print what a corpus holds, and what is wrong with it. Raises monitor.UserError where training
     would."""
     splits = read_splits(path, None, None, 0, FRAMES_PER_OUTPUT)
@@ -997,6 +996,15 @@ def inspect_corpus(path: str) -> None:
         raise monitor.UserError('\n'.join([*splits.faults.values(), left]))
 
 
+def say(text: str, path: str) -> None:
+    """Speak words of WORDS into a file, and print when. Raises monitor.UserError."""
+    with monitor.error_at(path):
+        wave, spans = synthesise(normalise_text(text))
+        soundfile.write(path, wave, SAMPLE_RATE)
+    for word, start, end in spans:
+        print(f'{start:6.2f} {end:6.2f}  {word}')
+
+
 def main(argv: Sequence | None = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
     parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder); '
@@ -1004,14 +1012,10 @@ def main(argv: Sequence | None = None) -> None:
     parser.add_argument('--say', metavar='TEXT', help='speak numbers and the like into the file')
     args = parser.parse_args(argv)
     with monitor.one_line_ends('data.py'):
-        if not args.say:
-            inspect_corpus(args.path)
-            return
-        with monitor.error_at(args.path):
-            wave, spans = synthesise(normalise_text(args.say))
-            soundfile.write(args.path, wave, SAMPLE_RATE)
-        for word, start, end in spans:
-            print(f'{start:6.2f} {end:6.2f}  {word}')
+        if args.say:
+            say(args.say, args.path)
+        else:
+            inspect(args.path)
 
 
 if __name__ == '__main__':
