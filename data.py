@@ -100,7 +100,7 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple[Tensor, int]:
                 raise ValueError(f'it has no channel {channel}')
             channels = file.read(dtype='float32', always_2d=True)
         wave = channels[:, channel - 1] if channel else channels.mean(1)
-        if not len(wave) or not np.abs(wave).max() < 1e6:  # also where one is not a number
+        if not 0 <= np.abs(wave).max(initial=-1) < 1e6:  # also where one is not a number
             raise ValueError('it holds no samples, or some are not finite')
     return torch.from_numpy(wave), rate
 
@@ -518,8 +518,9 @@ def find_audio(name: str, folder: Path) -> Path:
     """The file of a name in a folder or in its clips/, as Common Voice has it, with its suffix or
     without. Raises ValueError."""
     name = name.replace('\\', '/')  # of Windows
-    forms = 'NFC', 'NFD'  # of letters with accents; a Mac takes them apart
-    for form, place, suffix in itertools.product(forms, (folder, folder / 'clips'), SUFFIXES):
+    places = folder, folder / 'clips'
+    # NFD: letters and their accents apart, as on a Mac.
+    for form, place, suffix in itertools.product(('NFC', 'NFD'), places, SUFFIXES):
         audio = place / f'{unicodedata.normalize(form, name)}{suffix}'
         if audio.is_file():
             return audio
@@ -626,9 +627,9 @@ def read_splits(
     for side, name, path in zip(sides, splits._fields, (train, valid, test)):
         if path not in (None, 'none'):
             utterances, faults = read_corpus(path, name)
-            side.extend(utterances)
+            side += utterances
             splits.faults.update(faults)
-    utterances, twins = splits.train + splits.valid + splits.test, {}
+    utterances, twins = sum(sides, []), {}
     if len(utterances) <= check_up_to:
         for u in progress(utterances, 'checking recordings'):
             with listing(splits.faults, u.where):
@@ -667,7 +668,7 @@ def check_recording(u: Utterance, twins: dict) -> list:
     twin = twins.setdefault(u.sound, u)
     size = wave.abs()
     at_peak = size >= 0.9999 * size.max()
-    mels = log_mels(at_16_khz)
+    mels = log_mels(F.pad(at_16_khz, (WINDOW, WINDOW)))
     problems = {
         'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
         'clipped, the peaks are flat':  # five times, three samples in a row
@@ -692,11 +693,11 @@ def describe_corpus(splits: Splits, frames_per_output: int,
     """
     train, valid = splits.train, splits.valid
     alphabet = make_alphabet(train, known)
-    plateaus = []  # of uniform and of constant outputs
-    for utterances in valid, train:
+    plateaus = {}
+    for name, utterances in ('valid_plateaus', valid), ('plateaus', train):
         outputs = [ceil(u.frames / frames_per_output) for u in utterances]
         targets = [encode(u.text, alphabet) for u in utterances]
-        plateaus.append(monitor.plateau_lines(targets, outputs, len(alphabet)))
+        plateaus[name] = monitor.plateau_lines(targets, outputs, len(alphabet))
     outputs_a_label = sum(outputs) / sum(map(len, targets))  # of training
     seconds = [u.duration for u in train]
     hours = sum(seconds) / 3600
@@ -723,9 +724,8 @@ def describe_corpus(splits: Splits, frames_per_output: int,
         'utterances': len(train),
         'hours': hours,
         'narrow': any(u.narrow for u in train),
-        'plateaus': plateaus[1],
-        'valid_plateaus': plateaus[0],
         'digest': hashlib.sha256('\n'.join(known).encode()).hexdigest(),
+        **plateaus,
     }
 
 
@@ -755,34 +755,36 @@ WORDS = {
 }
 
 
-# A phone's duration; its formants F1 to F3; the levels of voice and of hiss; the hiss's centre and
-# width; a phone without hiss ends before it. Formants: Peterson & Barney 1952, table II, men; of
-# consonants Klatt 1980, table III (n's first is its nasal one). Levels, hiss and durations are our
-# own, by spectrogram and by what a recogniser of real speech made of them.
-#          ms    Hz    Hz    Hz   dB   dB  kHz  octaves
-PHONES = {
-    'iy': (110,  270, 2290, 3010,   0),
-    'uw': (140,  300,  870, 2240,   0),
-    'th': ( 90,  320, 1290, 2540, -99, -30,   6, 1.5),
-    'ih': ( 80,  390, 1990, 2550,   0),
-    'w':  ( 60,  290,  610, 2150,  -4),
-    's':  (105,  320, 1390, 2530, -99, -16,   6, 0.5),
-    'eh': (100,  530, 1840, 2480,   0),
-    'r':  ( 65,  310, 1060, 1380,  -4),
-    'z':  ( 75,  240, 1390, 2530, -10, -20,   6, 0.5),
-    'ah': ( 90,  640, 1190, 2390,   0),
-    'l':  ( 65,  310, 1050, 2880,  -4),
-    'p':  ( 30,  400, 1100, 2150, -99, -28,   1,   2),
-    'aa': (110,  730, 1090, 2440,   0),
-    'n':  ( 90,  270, 1340, 2470, -10),
-    't':  ( 35,  400, 1600, 2600, -99, -19, 4.5, 0.7),
-    'ao': (110,  570,  840, 2410,   0),
-    'f':  ( 95,  340, 1100, 2080, -99, -28,   6,   2),
-    'k':  ( 35,  300, 1990, 2850, -99, -19,   2, 0.4),
-    'uh': ( 80,  440, 1020, 2240,   0),
-    'v':  ( 55,  220, 1100, 2080, -10, -32,   6,   2),
-    'g':  ( 25,  200, 1990, 2850,  -8, -24,   2, 0.4),
-}
+# Formants: Peterson & Barney 1952, table II, men; of consonants Klatt 1980, table III (n's first is
+# its nasal one). Levels, hiss and durations are our own, by spectrogram and by what a recogniser of
+# real speech made of them. Rows that end early are of phones without hiss.
+#         ms    formants, Hz  voice hiss  centre  width
+#               F1   F2    F3   dB   dB   kHz  octaves
+TABLE = '''
+    iy   110  270 2290  3010    0
+    uw   140  300  870  2240    0
+    th    90  320 1290  2540  -99  -30     6     1.5
+    ih    80  390 1990  2550    0
+    w     60  290  610  2150   -4
+    s    105  320 1390  2530  -99  -16     6     0.5
+    eh   100  530 1840  2480    0
+    r     65  310 1060  1380   -4
+    z     75  240 1390  2530  -10  -20     6     0.5
+    ah    90  640 1190  2390    0
+    l     65  310 1050  2880   -4
+    p     30  400 1100  2150  -99  -28     1       2
+    aa   110  730 1090  2440    0
+    n     90  270 1340  2470  -10
+    t     35  400 1600  2600  -99  -19   4.5     0.7
+    ao   110  570  840  2410    0
+    f     95  340 1100  2080  -99  -28     6       2
+    k     35  300 1990  2850  -99  -19     2     0.4
+    uh    80  440 1020  2240    0
+    v     55  220 1100  2080  -10  -32     6       2
+    g     25  200 1990  2850   -8  -24     2     0.4
+'''
+PHONES = {name: np.array([*columns, -99, 4, 1][:8], float)
+          for name, *columns in map(str.split, TABLE.strip().split('\n'))}
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPECTRUM = {
     'n_fft': 512,
@@ -818,8 +820,7 @@ def plan_phones(words: list, tract: float, accent: dict, tempo: float, rng: Gene
         first = len(segments)
         for name in WORDS[word].split():
             formants = accent[name] * rng.normal(1, 0.05, 3)
-            phone = [*PHONES[name], -99, 4, 1][:8]  # -99 dB: no hiss
-            phone = phone * np.r_[1, formants, 1, 1, tract, 1]
+            phone = PHONES[name] * np.r_[1, formants, 1, 1, tract, 1]
             ms, *_ = phone / tempo
             if name in 'ptkg':  # stops begin with a closure
                 add(phone, 55 / tempo * rng.uniform(0.7, 1.4), 17, 200)
@@ -927,21 +928,21 @@ def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
     return wave.numpy(), times
 
 
-def speak(split: str, folder: Path) -> None:
-    """Speak one part of the built-in corpus into a folder: texts of one to six random words. Raises
+def speak_corpus(folder: Path) -> None:
+    """Speak the built-in corpus into a new folder: texts of one to six random words. Raises
     OSError."""
-    first_speaker, speakers, utterances = BUILTIN[split]
-    rng = default_rng(first_speaker)
-    (folder / split).mkdir(parents=True)
-    with open(folder / f'{split}.jsonl', 'w') as manifest:
-        for i in progress(range(utterances), f'speaking {split}'):
-            path = f'{split}/{i:04}.flac'
-            text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
-            speaker = first_speaker + i % speakers
-            wave, _ = synthesise(text, speaker)
-            soundfile.write(folder / path, wave, SAMPLE_RATE)
-            row = {'path': path, 'text': text, 'speaker': f'{speaker}'}
-            print(json.dumps(row), file=manifest)
+    for split, (first_speaker, speakers, utterances) in BUILTIN.items():
+        rng = default_rng(first_speaker)
+        (folder / split).mkdir(parents=True)
+        with open(folder / f'{split}.jsonl', 'w') as manifest:
+            for i in progress(range(utterances), f'speaking {split}'):
+                path = f'{split}/{i:04}.flac'
+                text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
+                speaker = first_speaker + i % speakers
+                wave, _ = synthesise(text, speaker)
+                soundfile.write(folder / path, wave, SAMPLE_RATE)
+                row = {'path': path, 'text': text, 'speaker': speaker}
+                print(json.dumps(row), file=manifest)
 
 
 def builtin_corpus(folder: str = 'corpus') -> dict:
@@ -956,8 +957,7 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
         torch.set_num_threads(1)  # of many small operations, threads would wait for each other
         with tempfile.TemporaryDirectory(prefix='unfinished.', dir=Path(folder).parent) as parent:
             spoken = Path(parent) / 'corpus'
-            for split in BUILTIN:
-                speak(split, spoken)
+            speak_corpus(spoken)
             with contextlib.suppress(OSError):  # another process may have been at it, and faster
                 spoken.rename(folder)
         torch.set_num_threads(threads)
@@ -996,15 +996,6 @@ def inspect(path: str) -> None:
         raise monitor.UserError('\n'.join([*splits.faults.values(), left]))
 
 
-def say(text: str, path: str) -> None:
-    """Speak words of WORDS into a file, and print when. Raises monitor.UserError."""
-    with monitor.error_at(path):
-        wave, spans = synthesise(normalise_text(text))
-        soundfile.write(path, wave, SAMPLE_RATE)
-    for word, start, end in spans:
-        print(f'{start:6.2f} {end:6.2f}  {word}')
-
-
 def main(argv: Sequence | None = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
     parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder); '
@@ -1012,10 +1003,13 @@ def main(argv: Sequence | None = None) -> None:
     parser.add_argument('--say', metavar='TEXT', help='speak numbers and the like into the file')
     args = parser.parse_args(argv)
     with monitor.one_line_ends('data.py'):
-        if args.say:
-            say(args.say, args.path)
-        else:
-            inspect(args.path)
+        if not args.say:
+            return inspect(args.path)
+        with monitor.error_at(args.path):
+            wave, spans = synthesise(normalise_text(args.say))
+            soundfile.write(args.path, wave, SAMPLE_RATE)
+        for word, start, end in spans:
+            print(f'{start:6.2f} {end:6.2f}  {word}')
 
 
 if __name__ == '__main__':
