@@ -17,7 +17,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -49,6 +48,7 @@ WINDOW = 400                         # samples: 25 ms
 HOP = 160                            # samples: 10 ms
 FRAME_SECONDS = HOP / SAMPLE_RATE
 N_FFT = 512                          # bins of 31.25 Hz
+HERTZ = torch.linspace(0, 8000, 257)[:, None]
 N_MELS = 80
 LOG_FLOOR = 1e-10                    # power: the rounding of 16 bits gives more
 CLICK = 3.2                          # nats above the voice, mean over the bands: 14 dB
@@ -126,10 +126,9 @@ def mel_filters() -> Tensor:
     mels = np.linspace(0, 15 + np.log(8) / log_step, N_MELS + 2)
     logarithmic = 1000 * np.exp(log_step * (mels - 15))
     edges = np.where(mels < 15, mels * 200 / 3, logarithmic)
-    hertz = np.linspace(0, 8000, 257)
-    triangles = [np.interp(hertz, edges[band:band + 3], [0, 1, 0])
+    triangles = [np.interp(HERTZ, edges[band:band + 3], [0, 1, 0])
                  for band in range(N_MELS)]
-    return torch.tensor(np.stack(triangles, 1)).float()
+    return torch.tensor(np.hstack(triangles)).float()
 
 
 MEL_FILTERS = mel_filters()
@@ -446,70 +445,62 @@ NAMES = {
 SUFFIXES = ('', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus')
 
 
-def numbered_lines(path: Path) -> list:
-    """A text file's lines that are not empty, or a JSON array's objects -> [('file:number', line)].
+# The readers of corpora yield for each row where it stands, and its fields as a dict or as JSON.
 
-    What is not UTF-8 becomes lone surrogates, which are refused in the row that has them.
+def numbered_lines(path: Path) -> Iterator:
+    """A text file's lines that are not empty, or a JSON array's objects -> ('file:number', line).
+
+    Which reads JSON as NeMo has it: {"audio_filepath": "1.flac", "text": "go", "duration": 1.8}.
+    With an "offset", in seconds, an utterance is that part of a longer recording. What is not UTF-8
+    becomes lone surrogates, which are refused in the row that has them.
     """
     text = path.read_text(encoding='utf-8-sig', errors='surrogateescape')
     place, lines = f'{path}:', text.split('\n')
     if re.match(r'\s*\[\s*\{', text):
         place, lines = f'{path}: object ', map(json.dumps, json.loads(text))
-    return [(f'{place}{number}', line.strip(' \r\n'))
-            for number, line in enumerate(lines, 1) if line.strip()]
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f'{place}{number}', line.strip(' \r\n')
 
 
-# Of a line, and of a table's header or the same line of Sphinx's .fileids, they make a dict.
-
-def table_row(line: str, header: str, **form: object) -> dict:
-    """A line of a table, a CSV one or one in another form."""
-    row, = csv.DictReader([header, line], **form)
-    if None in row or None in row.values():
-        raise ValueError('it has not as many columns as the header')
-    return row
+def table_rows(path: Path, **form: object) -> Iterator:
+    """A CSV table with a header and a row a line, or one in another form."""
+    (_, header), *lines = numbered_lines(path)
+    for where, line in lines:
+        yield where, *csv.DictReader([header, line], **form)
 
 
-def librispeech_row(line: str, _: str) -> dict:
-    """LibriSpeech's "84-121123-0001 GO DO YOU HEAR", of speaker 84."""
-    name, _, text = line.partition(' ')
-    speaker, _, _ = name.rpartition('-')[0].partition('-')
-    return {'audio': name, 'text': text, 'speaker': speaker}
+def librispeech_rows(path: Path) -> Iterator:
+    """A LibriSpeech speaker/chapter/*.trans.txt: "84-121123-0001 GO DO YOU HEAR", of speaker 84."""
+    for where, line in numbered_lines(path):
+        name, _, text = line.partition(' ')
+        speaker, _, _ = name.rpartition('-')[0].partition('-')
+        yield where, {'audio': name, 'text': text, 'speaker': speaker}
 
 
-def sphinx_row(line: str, file: str) -> dict:
-    """CMU Sphinx's "<s> GO </s> (an251-fash-b)", and "fash/an251-fash-b" of the .fileids.
+def sphinx_rows(path: Path) -> Iterator:
+    """CMU Sphinx's etc/*.transcription, "<s> GO </s> (an251-fash-b)", and its .fileids, line by
+    line, "fash/an251-fash-b".
 
     Fillers (<sil>, ++NOISE++, [COUGH]) and the numbers of alternates, HELLO(2), are dropped.
     """
-    text, _, name = line.removesuffix(')').rpartition('(')
-    if not file.endswith(name):
-        raise ValueError(f'it should end in the name of its file in brackets, as of {file}')
-    text = re.sub(r'<\S*>|\+\+\S*\+\+|\[\S*\]|\(\d+\)', ' ', text)
-    return {'audio': f'../wav/{file}', 'text': text, 'speaker': Path(file).parent.name}
+    files = numbered_lines(path.with_suffix('.fileids'))
+    for (where, line), (_, file) in zip(numbered_lines(path), files, strict=True):
+        text, _, name = line.removesuffix(')').rpartition('(')
+        text = re.sub(r'<\S*>|\+\+\S*\+\+|\[\S*\]|\(\d+\)', ' ', text)
+        audio = f'../wav/{file}' if file.endswith(name) else name  # which is not found
+        yield where, {'audio': audio, 'text': text, 'speaker': Path(file).parent.name}
 
 
-# Of corpora, by how the files of their transcripts end: what reads a row. JSON is NeMo's,
-# {"audio_filepath": "1.flac", "text": "go", "duration": 1.8}; with an "offset", in seconds, an
-# utterance is that part of a longer recording.
+# Of corpora, by how the files of their transcripts end: the reader. Common Voice does not quote.
 FORMS = {
-    '.jsonl': lambda line, _: json.loads(line),
-    '.json': lambda line, _: json.loads(line),
-    '.csv': table_row,
-    '.tsv': functools.partial(table_row, delimiter='\t', quoting=csv.QUOTE_NONE),  # Common Voice
-    '.txt': librispeech_row,
-    '.transcription': sphinx_row,
+    '.jsonl': numbered_lines,
+    '.json': numbered_lines,
+    '.csv': table_rows,
+    '.tsv': functools.partial(table_rows, delimiter='\t', quoting=csv.QUOTE_NONE),
+    '.txt': librispeech_rows,
+    '.transcription': sphinx_rows,
 }
-
-
-def transcript_files(path: Path, split: str) -> list:
-    """The files of a corpus that hold its texts: in a folder LibriSpeech's, or Sphinx's of a split;
-    else the path itself. Raises ValueError."""
-    files = [*path.rglob('[!.]*.trans.txt'), *path.glob(f'etc/*{split}*.transcription')]
-    files = sorted(files) or [path]
-    if files[0].suffix not in FORMS:
-        raise ValueError(f'it should end in one of {" ".join(FORMS)}, or be a folder with '
-                         '*.trans.txt or etc/*.transcription')
-    return files
 
 
 # ---- corpora: utterances, hold-out, faults -------------------------------------------------------
@@ -518,17 +509,20 @@ def find_audio(name: str, folder: Path) -> Path:
     """The file of a name in a folder or in its clips/, as Common Voice has it, with its suffix or
     without. Raises ValueError."""
     name = name.replace('\\', '/')  # of Windows
-    places = folder, folder / 'clips'
-    # NFD: letters and their accents apart, as on a Mac.
-    for form, place, suffix in itertools.product(('NFC', 'NFD'), places, SUFFIXES):
-        audio = place / f'{unicodedata.normalize(form, name)}{suffix}'
-        if audio.is_file():
-            return audio
+    for form in 'NFC', 'NFD':  # letters with their accents, and apart from them as on a Mac
+        for place in folder, folder / 'clips':
+            for suffix in SUFFIXES:
+                audio = place / f'{unicodedata.normalize(form, name)}{suffix}'
+                if audio.is_file():
+                    return audio
     raise ValueError(f'{folder / name} is not a file, nor is one of that name in clips/')
 
 
-def make_utterance(row: dict, where: str) -> Utterance:
+def make_utterance(row: dict | str, where: str) -> Utterance:
     """One row of a corpus -> an Utterance. Raises what Python raises where the row is wrong."""
+    row = json.loads(row) if isinstance(row, str) else row
+    if None in row:
+        raise ValueError('it has more columns than the header')
     row = {NAMES.get(name, name): value for name, value in row.items() if value not in (None, '')}
     text = normalise_text(row.get('text', ''))
     text.encode()  # which fails where it is not UTF-8
@@ -562,15 +556,15 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple[list, dict]:
     """
     utterances, faults = [], {}
     with monitor.error_at(path):
-        for file in transcript_files(Path(path), split):
-            lines = numbered_lines(file)
-            rows = lines[file.suffix in ('.csv', '.tsv'):]  # a table's begin below its header
-            others = lines[:1] * len(rows)
-            if file.suffix == '.transcription':
-                others = numbered_lines(file.with_suffix('.fileids'))
-            for (where, line), (_, other) in zip(rows, others, strict=True):
+        folder = Path(path)
+        files = [*folder.rglob('[!.]*.trans.txt'), *folder.glob(f'etc/*{split}*.transcription')]
+        files = sorted(files) or [folder]
+        if files[0].suffix not in FORMS:
+            raise ValueError(f'it should end in one of {" ".join(FORMS)}, or be a folder with '
+                             '*.trans.txt or etc/*.transcription')
+        for file in files:
+            for where, row in FORMS[file.suffix](file):
                 with listing(faults, where):
-                    row = FORMS[file.suffix](line, other)
                     utterances.append(make_utterance(row, where))
         if faults and not utterances:
             raise monitor.UserError(f'none of {len(faults)} rows is right; {min(faults.values())}')
@@ -792,7 +786,6 @@ SPECTRUM = {
     'win_length': 256,
     'window': torch.hann_window(256),
 }
-HERTZ = torch.linspace(0, 8000, 257)[:, None]
 
 # Of each split: the first speaker, how many speakers, how many utterances.
 BUILTIN = {
@@ -983,7 +976,7 @@ def progress(items: Sequence, what: str) -> Iterator:
     monitor.clear_status()
 
 
-def inspect(path: str) -> None:
+def inspect_corpus(path: str) -> None:
     """Print what a corpus holds, and what is wrong with it. Raises monitor.UserError where training
     would."""
     splits = read_splits(path, None, None, 0, FRAMES_PER_OUTPUT)
@@ -1004,7 +997,7 @@ def main(argv: Sequence | None = None) -> None:
     args = parser.parse_args(argv)
     with monitor.one_line_ends('data.py'):
         if not args.say:
-            return inspect(args.path)
+            return inspect_corpus(args.path)
         with monitor.error_at(args.path):
             wave, spans = synthesise(normalise_text(args.say))
             soundfile.write(args.path, wave, SAMPLE_RATE)

@@ -1191,10 +1191,10 @@ START = {  # of a corpus: the first line, and a good one
     ('jsonl', json_row('0.wav', 'abcdefgh' * 4), 'too short for its text'),
     ('jsonl', '[1]', "'list'"),
     ('jsonl', 'yes', 'Expecting value'),
-    ('tsv', '0.wav', 'not as many columns as the header'),
+    ('tsv', '0.wav', 'needs text and audio'),
     ('tsv', '0.wav\tzw\udcf6lf', 'utf-8'),
     ('tsv', 'a' * 300 + '.wav\tone', 'too long'),
-    ('csv', '0.wav,one,two', 'not as many columns as the header'),
+    ('csv', '0.wav,one,two', 'more columns than the header'),
 ])
 def test_a_bad_row_is_named_and_the_others_are_read(form, line, reason, tmp_path):
     write_noise(tmp_path / '0.wav')
