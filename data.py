@@ -25,7 +25,7 @@ import tempfile
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, inf
@@ -289,8 +289,7 @@ class Speech:
         (random utterance concatenation, Lin et al. 2022). Recordings are joined as they are: of two
         that are 35 dB apart, the quieter one is taken for silence.
         """
-        rng = self.rng(epoch, u, 0)
-        speed = int(rng.integers(90, 111)) if self.speed_perturb else 100
+        speed = int(self.rng(epoch, u, 0).integers(90, 111)) if self.speed_perturb else 100
         rng = self.rng(epoch, u, 2)
         if rng.random() >= self.concat:
             return [u], speed
@@ -396,7 +395,7 @@ def normalise_text(text: str) -> str:
     return unicodedata.normalize('NFC', ' '.join(visible.split()))
 
 
-def make_alphabet(utterances: Iterable, known: Sequence = ('',)) -> list:
+def make_alphabet(utterances: Sequence, known: Sequence = ('',)) -> list:
     """The known characters, and then every other one of the transcripts; symbol 0 is CTC's blank
     and stands for no character."""
     return [*known, *sorted({character for u in utterances for character in u.text} - {*known})]
@@ -411,12 +410,12 @@ def encode(text: str, alphabet: list) -> list:
     return [symbols[character] for character in text if character in symbols]
 
 
-def decode(symbols: Iterable, alphabet: list) -> str:
+def decode(symbols: Sequence, alphabet: list) -> str:
     """Symbols -> text."""
     return ''.join(alphabet[symbol] for symbol in symbols)
 
 
-def show_path(symbols: Iterable, alphabet: list) -> str:
+def show_path(symbols: Sequence, alphabet: list) -> str:
     """The symbols of outputs for the eye: the space as _, the blank as -."""
     return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in symbols)
 
@@ -552,7 +551,8 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple[list, dict]:
     message}.
 
     The form is recognised by the path (FORMS; split chooses among several files of a folder).
-    Raises monitor.UserError where no row can be used, as of a table without the right header.
+    Raises monitor.UserError where no row can be used, with one fault for all: it is mostly the
+    same in each, as where a table's header is wrong or the recordings lie elsewhere.
     """
     utterances, faults = [], {}
     with monitor.error_at(path):
@@ -583,8 +583,9 @@ class Splits(NamedTuple):
 def hold_out(train: list, seed: int) -> tuple[list, list]:
     """Training without a tenth, and that tenth for validation: whole speakers where all are known,
     and ten or more, but none who has more than a tenth of the utterances; else recordings, at
-    random. Recordings of the same sound stay together."""
-    groups, choice = [u.speaker for u in train], 'whole speakers'
+    random. Recordings of the same sound stay together. Prints how many, and which of the two."""
+    choice = 'whole speakers'
+    groups = [u.speaker for u in train]
     sizes = Counter(groups)
     small = [speaker for speaker in sizes if sizes[speaker] <= len(train) / 10]
     if len(small) < 9 or '' in groups:
@@ -647,7 +648,8 @@ def read_splits(
 # ---- inspection ----------------------------------------------------------------------------------
 
 def check_recording(u: Utterance, twins: dict) -> list:
-    """Decode a recording, and note its true duration and frames -> what may be wrong with it.
+    """Decode a recording, note its true duration, frames, sound and whether it is narrow-band ->
+    what may be wrong with it.
 
     twins: the first utterance of each sound. Raises what load_utterance raises. Training and
     transcription tolerate silence and clicks, which are still worth checking.
@@ -678,8 +680,11 @@ def check_recording(u: Utterance, twins: dict) -> list:
     return [problem for problem, found in problems.items() if found]
 
 
-def describe_corpus(splits: Splits, frames_per_output: int,
-                    known: Sequence = ('',)) -> dict:
+def describe_corpus(
+    splits: Splits,
+    frames_per_output: int,
+    known: Sequence = ('',),
+) -> dict:
     """Print what a corpus holds for training (at least one utterance) and validation -> what is to
     be remembered of it: alphabet (the known characters first), utterances, hours, narrow (whether
     some are narrow-band), plateaus (losses in nats per label of uniform and of constant output),
@@ -687,12 +692,12 @@ def describe_corpus(splits: Splits, frames_per_output: int,
     """
     train, valid = splits.train, splits.valid
     alphabet = make_alphabet(train, known)
-    plateaus = {}
+    plateaus = {}  # nats per label: of uniform, of constant output
     for name, utterances in ('valid_plateaus', valid), ('plateaus', train):
         outputs = [ceil(u.frames / frames_per_output) for u in utterances]
         targets = [encode(u.text, alphabet) for u in utterances]
         plateaus[name] = monitor.plateau_lines(targets, outputs, len(alphabet))
-    outputs_a_label = sum(outputs) / sum(map(len, targets))  # of training
+    outputs_a_label = sum(outputs) / sum(map(len, targets))  # of training, which came last
     seconds = [u.duration for u in train]
     hours = sum(seconds) / 3600
     texts = [u.text for u in train]
@@ -709,9 +714,8 @@ def describe_corpus(splits: Splits, frames_per_output: int,
           f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
           f'outputs     {outputs_a_label:.1f} a label (under 2: fast speech, try a lower '
-          '--frames_per_output)')
-    for warning in monitor.unrelated_lengths([*zip(seconds, map(len, texts))]):
-        print(warning)
+          '--frames_per_output)',
+          *monitor.unrelated_lengths([*zip(seconds, map(len, texts))]), sep='\n')
     known = [f'{u.text} {u.duration}' for u in train + valid + splits.test]
     return {
         'alphabet': alphabet,
