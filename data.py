@@ -42,6 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 import monitor
+from monitor import UserError, error_at
 
 SAMPLE_RATE = 16000                  # samples a second
 WINDOW = 400                         # samples: 25 ms
@@ -84,10 +85,10 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple[Tensor, int]:
     """Any file that libsndfile reads -> wave (S,) float32, and its rate in Hz: of one channel,
     counted from 1, or the channels' mean.
 
-    Raises monitor.UserError, also where a wav, aiff or au is shorter than its header says (sizes
+    Raises UserError, also where a wav, aiff or au is shorter than its header says (sizes
     near 2^31 and 2^32 are those of programs that stream, and do not know).
     """
-    with monitor.error_at(path):
+    with error_at(path):
         os.stat(path)  # whose errors tell more than libsndfile's
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
@@ -106,7 +107,7 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple[Tensor, int]:
 
 
 def read_wave(path: str | Path, channel: int = 0) -> Tensor:
-    """read_audio at 16 kHz -> wave (S,). Raises monitor.UserError."""
+    """read_audio at 16 kHz -> wave (S,). Raises UserError."""
     return resample(*read_audio(path, channel), SAMPLE_RATE)
 
 
@@ -241,7 +242,7 @@ class Utterance:
 
 
 def load_utterance(u: Utterance, channel: int = 0) -> tuple[Tensor, int]:
-    """An utterance's wave (S,) and rate. Raises monitor.UserError, and ValueError where the
+    """An utterance's wave (S,) and rate. Raises UserError, and ValueError where the
     recording does not last as long as its corpus says."""
     wave, rate = read_audio(u.path, channel)
     if u.offset is not None:
@@ -258,7 +259,7 @@ class Speech:
 
     Augmentation depends on seed, epoch and the utterance alone; what `concat` (the chance of it)
     puts behind it, on the corpus too. frames_per_output: above 0, an utterance that CTC cannot
-    align raises monitor.UserError; 0 lets it pass, for evaluation.
+    align raises UserError; 0 lets it pass, for evaluation.
     """
     utterances: Sequence
     alphabet: list
@@ -299,7 +300,7 @@ class Speech:
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = item
         u = self.utterances[index]
-        with monitor.error_at(u.where):
+        with error_at(u.where):
             # Where CTC could not align what was drawn: the utterance alone, as it was recorded.
             for parts, speed in self.draw(epoch, u), ([u], 100):
                 waves = [resample(*load_utterance(part), SAMPLE_RATE) for part in parts]
@@ -540,9 +541,9 @@ def make_utterance(row: dict | str, where: str) -> Utterance:
 def listing(faults: dict, where: str) -> Iterator[None]:
     """List what is wrong at a place, {where: message}, and go on."""
     try:
-        with monitor.error_at(where):
+        with error_at(where):
             yield
-    except monitor.UserError as error:
+    except UserError as error:
         faults.setdefault(where, str(error))
 
 
@@ -551,11 +552,11 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple[list, dict]:
     message}.
 
     The form is recognised by the path (FORMS; split chooses among several files of a folder).
-    Raises monitor.UserError where no row can be used, with one fault for all: it is mostly the
+    Raises UserError where no row can be used, with one fault for all: it is mostly the
     same in each, as where a table's header is wrong or the recordings lie elsewhere.
     """
     utterances, faults = [], {}
-    with monitor.error_at(path):
+    with error_at(path):
         folder = Path(path)
         files = [*folder.rglob('[!.]*.trans.txt'), *folder.glob(f'etc/*{split}*.transcription')]
         files = sorted(files) or [folder]
@@ -567,7 +568,7 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple[list, dict]:
                 with listing(faults, where):
                     utterances.append(make_utterance(row, where))
         if faults and not utterances:
-            raise monitor.UserError(f'none of {len(faults)} rows is right; {min(faults.values())}')
+            raise UserError(f'none of {len(faults)} rows is right; {min(faults.values())}')
     return sorted(utterances, key=lambda u: u.path.stem), faults
 
 
@@ -615,7 +616,7 @@ def read_splits(
     """The corpora for training, validation (None: held out from training; 'none') and test.
 
     If there are at most check_up_to utterances, every file is decoded, and its true duration taken.
-    Raises monitor.UserError where a corpus cannot be read at all.
+    Raises UserError where a corpus cannot be read at all.
     """
     splits = Splits([], [], [], {}, defaultdict(list))
     sides = splits[:3]
@@ -981,7 +982,7 @@ def progress(items: Sequence, what: str) -> Iterator:
 
 
 def inspect_corpus(path: str) -> None:
-    """Print what a corpus holds, and what is wrong with it. Raises monitor.UserError where training
+    """Print what a corpus holds, and what is wrong with it. Raises UserError where training
     would."""
     splits = read_splits(path, None, None, 0, FRAMES_PER_OUTPUT)
     if splits.train:
@@ -990,7 +991,7 @@ def inspect_corpus(path: str) -> None:
         print(f'{len(names)} files {problem}: {" ".join(names)}')
     if splits.faults or not splits.valid:
         left = f'{len(splits.train)} left for training, {len(splits.valid)} to validate'
-        raise monitor.UserError('\n'.join([*splits.faults.values(), left]))
+        raise UserError('\n'.join([*splits.faults.values(), left]))
 
 
 def main(argv: Sequence | None = None) -> None:
@@ -1002,7 +1003,7 @@ def main(argv: Sequence | None = None) -> None:
     with monitor.one_line_ends('data.py'):
         if not args.say:
             return inspect_corpus(args.path)
-        with monitor.error_at(args.path):
+        with error_at(args.path):
             wave, spans = synthesise(normalise_text(args.say))
             soundfile.write(args.path, wave, SAMPLE_RATE)
         for word, start, end in spans:
