@@ -966,10 +966,11 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Where to write a file that takes its name once it is whole. Raises OSError."""
-    part = Path(path).with_name(f'unfinished.{Path(path).name}')
-    yield part
-    os.replace(part, path)
+    """Where to write a file that takes its name once it is whole. Raises UserError."""
+    with error_at(path):
+        part = Path(path).with_name(f'unfinished.{Path(path).name}')
+        yield part
+        os.replace(part, path)
 
 
 def progress(items: Sequence, what: str) -> Iterator:

@@ -341,7 +341,6 @@ def read_data(args: Namespace) -> data.Splits:
     return splits._replace(train=train, valid=train if args.overfit else splits.valid)
 
 
-
 def make_network(alphabet: list[str], start: model.Checkpoint | None,
                  args: Namespace) -> model.Recogniser:
     """The network of the flags, with the weights of a checkpoint to start from, whose alphabet
@@ -371,7 +370,7 @@ def training_speech(splits: data.Splits, config: dict, args: Namespace) -> data.
 def save(content: dict | str, path: Path) -> None:
     """Write a text, or a dict of plain data and tensors, all of it or nothing. Raises
     UserError."""
-    with error_at(path), data.whole_file(path) as part:
+    with data.whole_file(path) as part:
         if isinstance(content, str):
             part.write_text(content, encoding='utf-8')
         else:
@@ -559,8 +558,7 @@ def report_overfit(run: dict) -> None:
                             f'{advice}')
 
 
-def benchmark(network: model.Recogniser, speech: data.Speech,
-              args: Namespace) -> None:
+def benchmark(network: model.Recogniser, speech: data.Speech, args: Namespace) -> None:
     """Print the seconds of audio that pass in a second, on 40 batches, as one JSON line."""
     batches = data.training_batches(speech, args.batch_size, epoch=0)[:40]
     clips = [speech.utterances[i] for _, i in itertools.chain(*batches)]
@@ -627,8 +625,7 @@ def prepare(splits: data.Splits, args: Namespace) -> tuple[dict, model.Recognise
     config = {'flags': vars(args), 'start': saved['start']}
     config |= data.describe_corpus(splits, args.frames_per_output, saved['alphabet'])
     if saved.get('digest', config['digest']) != config['digest']:
-        raise UserError(f'--resume {folder}: the texts or durations of its data have '
-                                'changed')
+        raise UserError(f'--resume {folder}: the texts or durations of its data have changed')
     network = make_network(config['alphabet'], start, args)
     if start and splits.valid:
         _, rows = evaluate(network, splits.valid, config['alphabet'], args)
