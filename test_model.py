@@ -14,7 +14,6 @@ os.environ['OMP_NUM_THREADS'] = '1'  # the same bits whatever else the machine d
 
 import contextlib
 import functools
-import importlib.util
 import itertools
 import json
 import math
@@ -34,6 +33,8 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from numpy.random import default_rng
+from pytest import approx
 from torch import nn
 
 import data
@@ -41,18 +42,18 @@ import model
 import monitor
 import train
 
-# Networks: FAST, the first blocks alone; LITERAL, the original's fixed one; BEFORE its fixes.
-FAST = {'blocks': 3, 'frames_per_output': 4}
+# Networks: LITERAL, the original's fixed one; BEFORE, without its fixes.
 LITERAL = {'frames_per_output': 1, 'deep_path': 'alone'}
 BEFORE = LITERAL | {'upsample': 'transpose', 'squeeze_excite': True, 'output_init': 'normal',
                     'weight_init': 0.01, 'forget_bias': False}
 # Flags of a small network, where its size is not the point.
-SMALL = ['--blocks=3', '--frames_per_output=4', '--hidden=16']
+SMALL = ['--blocks=3', '--hidden=16']
 
 AN4 = os.environ.get('AN4_DIR')
 needs_an4 = pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
 slow = pytest.mark.skipif('SLOW' not in os.environ, reason='slow: set SLOW=1')
 cases = pytest.mark.parametrize  # of a test: names of values, then a table of them
+session = pytest.fixture(scope='session')
 
 
 # ---- helpers and fixtures ------------------------------------------------------------------------
@@ -70,8 +71,8 @@ def make_network(vocab_size=6, **config):
 
 
 def make_utterances(texts, duration=1.0):
-    """Utterances of these texts, whose files do not exist."""
-    return [data.Utterance(Path(f'{i}.wav'), text, duration, '', '')
+    """Utterances of these texts, a speaker to each text, whose files do not exist."""
+    return [data.Utterance(Path(f'{i}.wav'), text, duration, text, '')
             for i, text in enumerate(texts)]
 
 
@@ -102,10 +103,16 @@ def json_row(audio, text, **fields):
     return json.dumps({'audio_filepath': audio, 'text': text, **fields})
 
 
+@pytest.fixture
+def printed(capsys):
+    """A function: what was printed since it was called last."""
+    return lambda: capsys.readouterr().out
+
+
 def write_corpus(folder, texts, waves=None):
     """Write these waves, or tones, as wav files and a manifest -> the manifest's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     rows = []
     for i, text in enumerate(texts):
         soundfile.write(folder / f'{i}.wav', waves[i] if waves else tones(text, rng), 16000)
@@ -131,6 +138,10 @@ def trained(folder, *flags):
     return folder
 
 
+def checkpoint_of(run):
+    return model.load_checkpoint(run / 'best.pt')
+
+
 def exit_code(main, *argv):
     """What a module's main, which must end in sys.exit, hands to it: a message or a status."""
     with pytest.raises(SystemExit) as stop:
@@ -138,7 +149,7 @@ def exit_code(main, *argv):
     return stop.value.code
 
 
-@pytest.fixture(scope='session')
+@session
 def corpus(tmp_path_factory):
     """Flags: twenty utterances of tones for training, six for validation."""
     folder = tmp_path_factory.mktemp('tones')
@@ -146,7 +157,7 @@ def corpus(tmp_path_factory):
             '--valid_data', write_corpus(folder / 'valid', random_texts(6, 2))]
 
 
-@pytest.fixture(scope='session')
+@session
 def flags(corpus, tmp_path_factory):
     """Of a run of four epochs, tested on nine utterances, three of whose sentences are in
     training."""
@@ -154,13 +165,13 @@ def flags(corpus, tmp_path_factory):
     return [*corpus, '--test_data', test, '--epochs=4', '--batch_size=2', *SMALL]
 
 
-@pytest.fixture(scope='session')
+@session
 def whole(flags, tmp_path_factory):
     """The folder of that run."""
     return trained(tmp_path_factory.mktemp('whole') / 'run', *flags)
 
 
-@pytest.fixture(scope='session')
+@session
 def by_heart(tmp_path_factory):
     """The real train.main --overfit 2, of two sentences of the synthesiser -> the run folder,
     beside 0.wav ("seven two nine") and 1.wav ("light go")."""
@@ -185,25 +196,24 @@ def edit_distance(a, b):
 
 
 def test_edits_against_a_second_implementation():
-    """Of words of a letter, and of characters. The counts must add up: what was said is hit,
-    substituted or deleted."""
+    """Of words of a letter. The counts must add up: what was said is hit, substituted or deleted.
+    """
     rng = random.Random(0)
     for _ in range(300):
         said, heard = [' '.join(rng.choices('xyz', k=rng.randint(1, 7))) for _ in range(2)]
         rates = monitor.error_rates([said], [heard])
-        errors = edit_distance(said[::2], heard[::2])
-        substitutions, insertions, deletions = list(rates.values())[4:7]
-        assert rates['wer'] == pytest.approx(100 * errors / rates['words'])
-        assert rates['cer'] == pytest.approx(100 * edit_distance(said, heard) / len(said))
-        assert errors == substitutions + insertions + deletions
-        assert len(heard[::2]) == len(said[::2]) - deletions + insertions
+        insertions, deletions = rates['insertions'], rates['deletions']
+        errors = rates['substitutions'] + insertions + deletions
+        assert errors == edit_distance(said[::2], heard[::2])
+        assert 2 * (insertions - deletions) == len(heard) - len(said)
+        assert rates['cer'] == approx(100 * edit_distance(said, heard) / len(said))
 
 
 def test_error_rates_by_hand():
     """x for b, a c too many with its space, and no d; a sample may be of e or of d alone."""
     rates = monitor.error_rates(['a b c', 'd', 'e'], ['a x c c', '', 'e'])
     assert rates.pop('interval') == [0, 100]
-    assert rates == pytest.approx({'wer': 60, 'cer': 100 * 4 / 7, 'ser': 100 * 2 / 3, 'words': 5,
+    assert rates == approx({'wer': 60, 'cer': 100 * 4 / 7, 'ser': 100 * 2 / 3, 'words': 5,
                                    'substitutions': 1, 'insertions': 1, 'deletions': 1,
                                    'utterances': 3})
 
@@ -221,7 +231,7 @@ def test_uniform_line_is_the_loss_of_a_uniform_output():
     lengths = [*range(11, 20)]
     loss = F.ctc_loss(torch.zeros(19, 9, 4).log_softmax(2), targets, lengths, [5] * 9)
     uniform, _ = monitor.plateau_lines(list(targets), lengths, 4)
-    assert uniform == pytest.approx(loss.item(), rel=1e-5)
+    assert uniform == approx(loss.item(), rel=1e-5)
 
 
 @cases('outputs', [10, 200])
@@ -238,15 +248,15 @@ def test_constant_line_against_the_best_constant_output(outputs):
         loss.backward()
         optimizer.step()
     assert loss.item() - 1e-4 <= constant < uniform
-    assert constant == pytest.approx(loss.item(), rel=0.02)
+    assert constant == approx(loss.item(), rel=0.02)
 
 
-def test_lines_without_a_run(capsys):
+def test_lines_without_a_run(printed):
     """The uniform one by counting paths: T outputs, L labels without repeats, (T+L choose 2L)."""
     monitor.main(['--lines', '250', '12', '28'])
-    uniform, constant = re.findall(r'(\S+) nats a label', capsys.readouterr().out)
+    uniform, constant = re.findall(r'(\S+) nats a label', printed())
     expected = (250 * math.log(28) - math.log(math.comb(262, 24))) / 12
-    assert float(uniform) == pytest.approx(expected, rel=0.02)  # repeats, of letters
+    assert float(uniform) == approx(expected, rel=0.02)  # repeats, of letters
     assert 2.5 < float(constant) < 3.3
 
 
@@ -254,7 +264,7 @@ def test_lines_without_a_run(capsys):
     '{}', '7 {}', 'step,train_loss,lr\n7,{},0.1', '{{"step": 1, "loss": {}}}',
     'epoch 3 loss: {} wer 100',
 ])
-def test_losses_of_any_log_are_held_against_the_lines(log, tmp_path, capsys):
+def test_losses_of_any_log_are_held_against_the_lines(log, tmp_path, printed):
     """Sums over two texts of twelve labels that are equally frequent: 3.4 a label is the constant
     line of 27 of them. The mean of six losses passes the middle of the lines with the third low
     one, and 0.9 of the constant line with the first that is lower."""
@@ -263,10 +273,10 @@ def test_losses_of_any_log_are_held_against_the_lines(log, tmp_path, capsys):
     path = tmp_path / 'log'
     path.write_text('\n'.join([header, *map(row.format, losses)]))
     monitor.main(['--lines', '250', '12', '28', '--equal', '--sum_over=2', f'--losses={path}'])
-    out = capsys.readouterr().out
+    out = printed()
     uniform, constant = map(float, re.findall(r'(\S+) nats summed over 2 texts', out))
-    assert uniform == pytest.approx(24 * 62.9, rel=0.01)
-    assert constant == pytest.approx(24 * 3.4, rel=0.05)
+    assert uniform == approx(24 * 62.9, rel=0.01)
+    assert constant == approx(24 * 3.4, rel=0.05)
     assert re.search('last of 50 losses lies 10[345]% of the way', out)
     assert 'left the uniform plateau: at loss 13' in out
     assert 'left the constant plateau: at loss 41' in out
@@ -287,9 +297,8 @@ def test_what_monitor_cannot_use_is_a_line(command, message, tmp_path, monkeypat
 
 def test_gradient_norms_of_the_children_of_any_network():
     """What has no gradient is passed over; 5 and 12 make 13."""
-    network = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1), nn.Linear(1, 1))
-    first, *_, last = network
-    (3 * first.weight - 4 * first.bias + 12 * last.bias).backward()
+    network = nn.Sequential(nn.PReLU(), nn.ReLU(), nn.PReLU(), nn.PReLU())
+    (5 * network[0].weight + 12 * network[3].weight).backward()
     norms = {'gradient.0': 5, 'gradient.3': 12, 'gradient': 13}
     assert monitor.gradient_norms(network) == norms
 
@@ -306,7 +315,7 @@ def test_outputs_are_recognised(probabilities, entropy, blank, sound):
     log_probs = F.pad(probabilities.log().expand(1, 28, 28), (0, 0, 0, 10), value=math.nan)
     figures = monitor.output_figures(log_probs, torch.tensor([28]))
     expected = {'entropy': entropy, 'blank': blank, 'sound': sound}
-    assert figures == pytest.approx(expected, abs=1e-3)
+    assert figures == approx(expected, abs=1e-3)
 
 
 # ---- monitor: phases, advice ---------------------------------------------------------------------
@@ -639,7 +648,7 @@ WATCHED = [
 @cases('kind,learnt,part,value,change,rate,updates,words', WATCHED)
 @other_seeds
 def test_what_a_batch_cannot_show_is_named_and_no_other(kind, learnt, part, value, change, rate,
-                                                        updates, words, seed, capsys):
+                                                        updates, words, seed, printed):
     torch.manual_seed(seed)
     network = other_network(kind, learnt, seed)
     owner, _, name = part.rpartition('.')
@@ -649,7 +658,7 @@ def test_what_a_batch_cannot_show_is_named_and_no_other(kind, learnt, part, valu
     assert watch.findings
     assert all(words.split(' cnn')[0] in line for line in watch.findings)
     assert words in watch.findings[0]
-    assert f'    > {watch.findings[0]}\n' in capsys.readouterr().out
+    assert f'    > {watch.findings[0]}\n' in printed()
 
 
 def test_watch_leaves_all_as_it_was():
@@ -677,9 +686,9 @@ def test_watch_leaves_all_as_it_was():
 
 # ---- monitor: reading and comparing runs ---------------------------------------------------------
 
-def test_a_run_describes_itself(whole, capsys):
+def test_a_run_describes_itself(whole, printed):
     monitor.main([str(whole)])
-    out = capsys.readouterr().out
+    out = printed()
     for words in (*map(monitor.epoch_line, read_log(whole)), 'best epoch 4 of 4: ',
                   'how to go on: ', 'valid, beam search: WER '):
         assert f'\n{words}' in out
@@ -697,14 +706,14 @@ def fake_run(folder, wrong=(), **flags):
     return str(folder)
 
 
-def test_runs_are_compared_by_a_paired_bootstrap(tmp_path, capsys):
+def test_runs_are_compared_by_a_paired_bootstrap(tmp_path, printed):
     """Three runs by their dropout: wrong are all six words, or all but one, or none. Two by their
     names: of three sentences, a sample may hold any one alone."""
     one = fake_run(tmp_path / 'one', [0, 1, 2], seed=0, dropout=0.3)
     two = fake_run(tmp_path / 'two', [0, 2], seed=1, dropout=0.3)
     monitor.main([one, two, fake_run(tmp_path / 'good', seed=0, dropout=0.1)])
     monitor.main([one, two])
-    out = ' '.join(capsys.readouterr().out.split())
+    out = ' '.join(printed().split())
     assert ('interval 100.00 83.33 91.67 11.79 50.0 to 100.0 dropout 0.3 '
             '0.00 0.00 0.0 to 0.0 dropout 0.1 '
             'paired bootstrap: dropout 0.1 has -91.67 points of WER (95 %: -100.00 to -50.00): '
@@ -737,14 +746,12 @@ def test_runs_are_drawn(tmp_path, monkeypatch):
 
 # ---- monitor: planted faults ---------------------------------------------------------------------
 
-@pytest.fixture(scope='session')
+@session
 def spoken_corpus(tmp_path_factory):
-    """A folder with the built-in corpus, and with each text at another recording."""
+    """A folder with the built-in corpus, and with each text at the recording before."""
     folder = tmp_path_factory.mktemp('spoken')
     utterances, _ = data.read_corpus(data.builtin_corpus(folder / 'corpus')['train'])
-    texts = [u.text for u in utterances]
-    random.Random(0).shuffle(texts)
-    rows = [f'{u.path}\t{text}\n' for u, text in zip(utterances, texts)]
+    rows = [f'{u.path}\t{other.text}\n' for u, other in zip(utterances, utterances[1:])]
     (folder / 'others.tsv').write_text(''.join(['path\ttext\n', *rows]))
     return folder
 
@@ -786,12 +793,12 @@ seeds = cases('seed', [3, 4, 5])  # thresholds were chosen on 0 to 2
     ('', (model.BatchNorm, 'forward', forgetful), 'training and eval mode differ'),
 ])
 def test_a_planted_fault_is_named_and_no_other(flags, patch, words, seed, small_run, monkeypatch,
-                                               capsys):
+                                               printed):
     if patch:
         monkeypatch.setattr(*patch)
-    run = small_run('--frames_per_output=4', '--epochs=4', f'--seed={seed}', *flags.split())
+    run = small_run('--epochs=4', f'--seed={seed}', *flags.split())
     advice = monitor.next_step(run['log'], run['config'])
-    assert words in capsys.readouterr().out + advice
+    assert words in printed() + advice
 
 
 @slow
@@ -808,7 +815,7 @@ def test_a_healthy_run_has_no_warning_after_its_first_fifth(frames_per_output, s
 
 def test_log_mels_equal_a_naive_dft():
     """Frames, Hann window, DFT as a sum and Slaney's mel scale (1998), by definition in float64."""
-    wave = 0.1 * np.random.default_rng(0).standard_normal(2080)
+    wave = 0.1 * default_rng(0).standard_normal(2080)
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(wave, 120), 400)[::160]
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
     dft = np.exp(-2j * np.pi * np.outer(np.arange(400), np.arange(257)) / 512)
@@ -820,7 +827,7 @@ def test_log_mels_equal_a_naive_dft():
     triangles = np.minimum((hertz - low) / (peak - low), (high - hertz) / (high - peak))
     expected = np.log(power @ triangles.clip(0) + data.LOG_FLOOR)
     found = data.log_mels(torch.tensor(wave).float())
-    assert found.numpy() == pytest.approx(expected, abs=1e-4)
+    assert found.numpy() == approx(expected, abs=1e-4)
 
 
 def test_speech_is_normalised_over_itself():
@@ -829,7 +836,7 @@ def test_speech_is_normalised_over_itself():
     mels, start = data.features(0.1 * torch.randn(16000))
     assert (len(mels), start) == (142, -21)
     assert mels[21:-21].mean(0).abs().max() < 1e-3
-    assert mels[21:-21].std().item() == pytest.approx(1, abs=1e-2)
+    assert mels[21:-21].std().item() == approx(1, abs=1e-2)
 
 
 @functools.cache
@@ -841,7 +848,7 @@ def spoken_wave():
 
 def silence(seconds, decibels=-math.inf):
     """White noise of this level."""
-    noise = np.random.default_rng(0).standard_normal(round(16000 * seconds))
+    noise = default_rng(0).standard_normal(round(16000 * seconds))
     return np.float32(10 ** (decibels / 20) * noise)
 
 
@@ -898,7 +905,7 @@ def test_resampling_keeps_the_band_and_drops_the_rest(rate, tmp_path):
 
 def write_noise(path, seconds=0.5, **form):
     """A recording of noise -> its bytes."""
-    noise = 0.1 * np.random.default_rng(0).standard_normal(round(16000 * seconds))
+    noise = 0.1 * default_rng(0).standard_normal(round(16000 * seconds))
     soundfile.write(path, noise, 16000, **form)
     return bytearray(path.read_bytes())
 
@@ -950,7 +957,7 @@ def test_what_ctc_cannot_learn(symbols):
 
 # ---- data: batches and augmentation --------------------------------------------------------------
 
-DURATIONS = np.random.default_rng(0).uniform(1, 20, 101)
+DURATIONS = default_rng(0).uniform(1, 20, 101)
 
 
 def batches_of(epoch, rank=0, ranks=1, seed=0):
@@ -1018,8 +1025,8 @@ def test_speed_perturbation_reaches_ten_per_cent(item_of):
     """Of the clip; the 20 frames of silence on each side stay as they are."""
     frames = len(item_of(3)) - 40
     lengths = [len(item_of(epoch, speed_perturb=True)) - 40 for epoch in range(40)]
-    assert min(lengths) == pytest.approx(frames / 1.1, abs=3)
-    assert max(lengths) == pytest.approx(frames / 0.9, abs=3)
+    assert min(lengths) == approx(frames / 1.1, abs=3)
+    assert max(lengths) == approx(frames / 0.9, abs=3)
 
 
 def test_masks_are_zero_and_leave_the_rest(item_of):
@@ -1029,10 +1036,8 @@ def test_masks_are_zero_and_leave_the_rest(item_of):
 
 
 def test_concat_puts_an_utterance_of_the_speaker_behind():
-    utterances = make_utterances('a' * 20)
-    for i, u in enumerate(utterances):
-        u.speaker = 'abc'[i % 3]
-    speech = data.Speech(utterances, ['', 'a'], concat=1)
+    utterances = make_utterances('abc' * 7)
+    speech = data.Speech(utterances, ['', *'abc'], concat=1)
     for i, u in enumerate(utterances):
         (first, second), _ = speech.draw(0, i)
         assert first is u
@@ -1104,10 +1109,9 @@ def test_every_form_of_corpus_gives_the_same_batches(real, tmp_path, monkeypatch
 
 def hold_out(sizes, seed=0):
     """A tenth of the utterances of speakers who have so many each, two by two of one sound."""
-    speakers = [*map(str, np.repeat(range(len(sizes)), sizes))]
-    utterances = make_utterances(speakers)
+    utterances = make_utterances(map(str, np.repeat(range(len(sizes)), sizes)))
     for i, u in enumerate(utterances):
-        u.speaker, u.sound = u.text, f'{i // 2}'
+        u.sound = f'{i // 2}'
     return data.hold_out(data.Splits(utterances, [], [], [], {}, {}), seed)
 
 
@@ -1213,8 +1217,8 @@ def mutated(content, rng):
 
 
 def test_fuzzed_recordings_give_a_transcript_or_a_line(by_heart, tmp_path):
-    rng = np.random.default_rng(0)
-    checkpoint = model.load_checkpoint(by_heart / 'best.pt')
+    rng = default_rng(0)
+    checkpoint = checkpoint_of(by_heart)
     suffixes = ['wav', 'flac', 'ogg', 'mp3', 'aiff', 'au', 'caf']
     originals = [write_noise(tmp_path / f'a.{suffix}', 0.3) for suffix in suffixes]
     read = []
@@ -1228,7 +1232,7 @@ def test_fuzzed_recordings_give_a_transcript_or_a_line(by_heart, tmp_path):
 
 @cases('form', START)
 def test_fuzzed_manifests_give_utterances_or_lines(form, tmp_path):
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     write_noise(tmp_path / '0.wav', 0.1)
     manifest = tmp_path / f'm.{form}'
     for _ in range(FUZZED // 3):
@@ -1240,10 +1244,10 @@ def test_fuzzed_manifests_give_utterances_or_lines(form, tmp_path):
 
 # ---- data: inspection ----------------------------------------------------------------------------
 
-def test_inspection_names_problems(tmp_path, capsys):
+def test_inspection_names_problems(tmp_path, printed):
     """Of ten good utterances, one with each problem, and one that is not there; each of the ten
     that are not good has the same text."""
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     texts = random_texts(10, 3)
     voice = 0.5 * tones('abc', rng)
     problems = {
@@ -1259,7 +1263,7 @@ def test_inspection_names_problems(tmp_path, capsys):
     manifest = write_corpus(tmp_path, texts + ["ab'c!"] * 8, waves)
     (tmp_path / '17.wav').unlink()
     message = exit_code(data.main, manifest)
-    out = capsys.readouterr().out
+    out = printed()
     for i, problem in enumerate(problems, 10):
         assert re.search(f'files .*{problem}.* {i}.wav', out)
     assert ': !\n' in out
@@ -1270,21 +1274,16 @@ def test_inspection_names_problems(tmp_path, capsys):
 
 # ---- data: the built-in corpus -------------------------------------------------------------------
 
-def test_the_synthesiser_knows_when_it_says_its_words():
-    """They are louder than what lies before and behind them."""
-    wave, words = data.synthesise('seven two nine', 3)
-    _, first, _ = words[0]
-    _, _, last = words[-1]
-    before, said, behind = np.split(wave, [int(16000 * first), int(16000 * (last + 0.15))])
-    assert [word for word, _, _ in words] == ['seven', 'two', 'nine']
-    assert said.std() > 3 * max(before.std(), behind.std())
-
-
-def test_a_sentence_is_said_into_a_file(tmp_path, capsys):
+def test_a_sentence_is_said_into_a_file(tmp_path, printed):
+    """At the times that are printed, louder than what lies before and behind."""
     data.main(['--say', 'Light  go', str(tmp_path / 'said.wav')])
-    said, _ = data.synthesise('light go')
-    assert capsys.readouterr().out.split()[2::3] == ['light', 'go']
-    assert data.read_wave(tmp_path / 'said.wav').numpy() == pytest.approx(said, abs=1e-4)
+    start, _, light, _, end, go = printed().split()
+    wave = data.read_wave(tmp_path / 'said.wav').numpy()
+    places = int(16000 * float(start)), int(16000 * (float(end) + 0.15))
+    before, said, behind = np.split(wave, places)
+    assert (light, go) == ('light', 'go')
+    assert wave == approx(data.synthesise('light go')[0], abs=1e-4)
+    assert said.std() > 3 * max(before.std(), behind.std())
 
 
 def test_the_synthesiser_refuses_other_words():
@@ -1303,7 +1302,7 @@ def warping_distance(a, b):
 
 def spoken_words(speaker, n):
     """n random words by a speaker, cut out by their known times -> [(word, mels (T, 80))]."""
-    text = ' '.join(np.random.default_rng(speaker).permutation(list(data.WORDS))[:n])
+    text = ' '.join(default_rng(speaker).permutation(list(data.WORDS))[:n])
     wave, words = data.synthesise(text, speaker)
     mels, first = data.features(torch.tensor(wave))
     return [(word, mels[int(100 * start) - first:int(100 * end) - first:2])
@@ -1388,7 +1387,7 @@ def test_outputs_are_centred_on_their_input(frames_per_output, config):
 ])
 def test_weights_begin_with_the_deviation_of_their_role(config, name, deviation):
     weights = make_network(**config).get_parameter(name)
-    assert weights.std().item() == pytest.approx(deviation, rel=0.1)
+    assert weights.std().item() == approx(deviation, rel=0.1)
 
 
 @cases('name', ['recurrent.0.forward_lstm', 'recurrent.1.backward_lstm'])
@@ -1421,7 +1420,7 @@ def test_running_statistics_serve_short_runs():
         norm(x)
         means.append(x.mean().item())
         expected = np.mean(means) if step < 3 else 0.7 * expected + 0.3 * means[-1]
-        assert norm.running_mean.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert norm.running_mean.item() == approx(expected, rel=1e-4, abs=1e-5)
 
 
 # ---- model: padding and masks --------------------------------------------------------------------
@@ -1442,13 +1441,10 @@ def shaken_network(config):
 
 @cases('config', [
     {},
-    FAST,
+    {'blocks': 3},
     LITERAL,
     BEFORE,
-    {'squeeze_excite': True},
-    {'upsample': 'transpose'},
-    {'frames_per_output': 4},
-    {'blocks': 6},
+    {'squeeze_excite': True, 'upsample': 'transpose', 'frames_per_output': 2},
 ])
 @torch.no_grad()
 def test_a_clip_alone_equals_itself_in_a_batch(config):
@@ -1479,17 +1475,16 @@ def ctc_loss(log_probs, text):
 
 
 def test_the_worked_example_of_ctc():
-    """Of the comment in model.py: by hand, by all paths and by PyTorch."""
+    """Of the comment in model.py: by all paths and by PyTorch."""
     comment = Path(model.__file__).read_text()
-    by_hand = re.findall(r' ([-ab]{3})    [\d. *]+ = (0\.\d+)', comment)
     log_probs = torch.tensor([[0.2, 0.7, 0.1],
                               [0.3, 0.2, 0.5],
                               [0.6, 0.1, 0.3]]).log()
-    paths = {''.join('-ab'[symbol] for symbol in path): math.exp(score)
-             for text, path, score in all_paths(log_probs)
-             if text == (1, 2)}
-    assert paths == pytest.approx({path: float(product) for path, product in by_hand})
-    assert f'loss = -ln {sum(paths.values()):.3f} = {ctc_loss(log_probs, (1, 2)):.3f}' in comment
+    for text, path, score in all_paths(log_probs):
+        letters = ''.join('-ab'[symbol] for symbol in path)
+        by_hand = re.search(rf' {letters}    [\d. *]+ = {math.exp(score):.3f}', comment)
+        assert bool(by_hand) == (text == (1, 2))
+    assert f'loss = -ln 0.432 = {ctc_loss(log_probs, (1, 2)):.3f} ' in comment
 
 
 @cases('text', [
@@ -1503,7 +1498,7 @@ def test_ctc_loss_against_all_paths(text):
     total = sum(math.exp(score)
                 for other, _, score in all_paths(log_probs)
                 if other == text)
-    assert ctc_loss(log_probs, text) == pytest.approx(-math.log(total), abs=1e-4)
+    assert ctc_loss(log_probs, text) == approx(-math.log(total), abs=1e-4)
 
 
 def test_greedy_decoding_collapses_the_best_path():
@@ -1524,7 +1519,7 @@ B = (1 + 3 / 4) / (6 + 3)   # P(b), of the example in CharacterModel's docstring
 ])
 def test_the_character_model_counts_as_by_hand(text, character, probability):
     language_model = model.CharacterModel.of_texts(['ab', 'aa'], order=2)
-    assert language_model.log_prob(text, character) == pytest.approx(math.log(probability))
+    assert language_model.log_prob(text, character) == approx(math.log(probability))
 
 
 @cases('most', [1, 1_000_000])
@@ -1537,7 +1532,7 @@ def test_the_character_models_probabilities_sum_to_one(most, monkeypatch):
     for context in '', 'go', 'rig', 'zzz':
         total = sum(math.exp(language_model.log_prob(context, character))
                     for character in {*'go left right', model.END, 'never seen'})
-        assert total == pytest.approx(1)
+        assert total == approx(1)
 
 
 @cases('seed', range(6))
@@ -1606,24 +1601,24 @@ def test_words_are_as_wide_as_their_sound(text, path, loud, expected):
     mels = torch.tensor([[float(c == '#')] for c in loud]) - 0.5
     words = model.timed_words(model.Transcript(text, [], mels, 0.5, log_probs), checkpoint)
     times = np.array([(word.start, word.end) for word in words])
-    assert times == pytest.approx(0.5 + np.array(expected) / 100)
-    assert words[0].confidence == pytest.approx(log_probs.max().exp().item())
+    assert times == approx(0.5 + np.array(expected) / 100)
+    assert words[0].confidence == approx(log_probs.max().exp().item())
 
 
 # ---- model: checkpoints and transcripts ----------------------------------------------------------
 
-def test_a_checkpoint_describes_itself(whole, capsys):
+def test_a_checkpoint_describes_itself(whole, printed):
     model.main([str(whole / 'best.pt')])
     assert re.search("(?s)alphabet: ' abcdefgh'.trained on .*manifest.jsonl, 20 utterances, .* "
-                     '4 epochs.valid: WER', capsys.readouterr().out)
+                     '4 epochs.valid: WER', printed())
 
 
 @pytest.fixture
-def hear(by_heart, monkeypatch, capsys):
+def hear(by_heart, monkeypatch, printed):
     """python model.py, with the words of a command line, beside a run's clips -> what it prints."""
     def run(command):
         model.main(command.split())
-        return capsys.readouterr().out
+        return printed()
 
     monkeypatch.chdir(by_heart.parent)
     return run
@@ -1651,9 +1646,9 @@ def test_three_lines_of_python_give_what_main_prints(hear):
     for line, word, said in zip(lines, heard.words, text.split(), strict=True):
         *numbers, spelling = line.split()
         assert spelling == word.text == said
-        assert [*map(float, numbers)] == pytest.approx(word[1:], abs=0.006)
+        assert [*map(float, numbers)] == approx(word[1:], abs=0.006)
     later = model.transcribe(checkpoint, F.pad(wave, (16000, 0)))  # a second of silence before
-    assert later.words[-1].end == pytest.approx(word.end + 1)
+    assert later.words[-1].end == approx(word.end + 1)
 
 
 def test_lm_text_is_what_beam_search_expects(hear, monkeypatch, capsys):
@@ -1669,10 +1664,10 @@ def test_lm_text_is_what_beam_search_expects(hear, monkeypatch, capsys):
     assert ' 1/1' in capsys.readouterr().err
 
 
-def test_a_missing_clip_does_not_stop_the_others(hear, capsys):
+def test_a_missing_clip_does_not_stop_the_others(hear, printed):
     message = exit_code(model.main, 'run/best.pt', 'no.wav', '0.wav')
     assert message.startswith('model.py: no.wav: cannot be used')
-    assert capsys.readouterr().out == '0.wav: seven two nine\n'
+    assert printed() == '0.wav: seven two nine\n'
 
 
 def test_what_was_not_in_training_is_said(hear, capsys):
@@ -1743,7 +1738,7 @@ def test_two_samples_are_learnt(tmp_path):
     utterances, _ = data.read_corpus(write_corpus(tmp_path, texts))
     alphabet = data.make_alphabet(utterances)
     batch, = data.loader(data.Speech(utterances, alphabet), [[(0, 0), (0, 1)]])
-    network = make_network(len(alphabet), frames_per_output=4)
+    network = make_network(len(alphabet))
     optimizer, schedule = train.make_optimizer(network, train.parse_flags([]), 45)
     losses = []
     for _ in range(45):
@@ -1757,7 +1752,7 @@ def test_two_samples_are_learnt(tmp_path):
     uniform, _ = monitor.plateau_lines(targets, lengths, len(alphabet))
     loss, *outputs = ctc_loss_of(network.eval(), batch)
     heard = [data.decode(symbols, alphabet) for symbols in model.greedy_decode(*outputs)]
-    assert losses[0] == pytest.approx(uniform, rel=0.15)
+    assert losses[0] == approx(uniform, rel=0.15)
     assert min(losses) > -1e-4
     assert loss < 0.05
     assert heard == texts
@@ -1783,9 +1778,9 @@ def learning_rates(updates, *flags):
 
 def test_the_learning_rate_climbs_and_falls():
     rates = learning_rates(200)
-    assert max(rates) == pytest.approx(3e-3)
+    assert max(rates) == approx(3e-3)
     assert rates.index(max(rates)) == 19               # the 20th of 200: 10 %
-    assert rates[109] == pytest.approx(1.5e-3, 1e-3)   # a cosine is half way down at half time
+    assert rates[109] == approx(1.5e-3, 1e-3)   # a cosine is half way down at half time
     assert rates[-1] < 1e-7
 
 
@@ -1797,7 +1792,7 @@ def test_a_schedule_for_any_number_of_updates():
 
 # ---- train: flags --------------------------------------------------------------------------------
 
-@pytest.fixture(scope='session')
+@session
 def tiny(tmp_path_factory):
     """A function of flags -> the folder of a run, of an epoch on four utterances."""
     folder = tmp_path_factory.mktemp('tiny')
@@ -1849,9 +1844,9 @@ def test_bad_flags_end_in_a_message(flag, words, corpus, tmp_path, capsys):
     assert not (tmp_path / 'run').exists()
 
 
-def test_help_lists_the_fixes(capsys):
+def test_help_lists_the_fixes(printed):
     assert exit_code(train.main, '--help') == 0
-    assert 'forget_bias: forget_bias False' in capsys.readouterr().out
+    assert 'forget_bias: forget_bias False' in printed()
 
 
 # ---- train: the freeze ---------------------------------------------------------------------------
@@ -1866,10 +1861,10 @@ def test_features_and_weights_are_frozen(corpus, tmp_path):
     """Whoever changes one of these numbers makes all that was measured before hold no longer."""
     waves = [torch.tensor(data.synthesise('seven stop two', speaker)[0]) for speaker in range(20)]
     run = trained(tmp_path / 'run', *corpus, *SMALL, '--epochs=1')
-    weights = model.load_checkpoint(run / 'best.pt').network.state_dict().values()
-    assert fingerprint(data.features(wave)[0] for wave in waves) == pytest.approx(
+    weights = checkpoint_of(run).network.state_dict().values()
+    assert fingerprint(data.features(wave)[0] for wave in waves) == approx(
         -1213.7, rel=1e-3)
-    assert fingerprint(weights) == pytest.approx(299.93, rel=1e-3)
+    assert fingerprint(weights) == approx(299.93, rel=1e-3)
 
 
 # ---- train: the fixes ----------------------------------------------------------------------------
@@ -1935,7 +1930,7 @@ def test_what_a_run_leaves(whole):
     assert sorted(path.name for path in whole.iterdir()) == [
         'best.pt', 'clip.wav', 'config.json', 'log.jsonl', 'results.json', 'test.tsv', 'valid.tsv']
     assert [record['updates'] for record in log] == [10, 20, 30, 40]
-    assert model.load_checkpoint(whole / 'best.pt').run['epoch'] == best['epoch']
+    assert checkpoint_of(whole).run['epoch'] == best['epoch']
     assert results['valid']['wer'] == best['wer']
     assert results['test']['utterances'] == 9
     assert results['test, sentences new to training, beam search']['utterances'] == 6
@@ -2056,14 +2051,14 @@ def stopped(tmp_path, monkeypatch):
     return tmp_path / 'run'
 
 
-def test_a_resumed_run_trains_what_is_left_and_says_that_it_is_finished(stopped, capsys):
+def test_a_resumed_run_trains_what_is_left_and_says_that_it_is_finished(stopped, printed):
     """Without validation, the last epoch is kept."""
     train.main([f'--resume={stopped}', '--workers=1'])
-    assert 'epoch   1' not in capsys.readouterr().out
+    assert 'epoch   1' not in printed()
     (stopped.parent / 'manifest.jsonl').unlink()  # it needs no data any more
     train.main(['--resume', str(stopped)])
-    assert 'is finished: nothing is left to do' in capsys.readouterr().out
-    assert model.load_checkpoint(stopped / 'best.pt').run['epoch'] == 3
+    assert 'is finished: nothing is left to do' in printed()
+    assert checkpoint_of(stopped).run['epoch'] == 3
 
 
 def test_a_resumed_run_finds_its_data_where_it_lies_now(stopped):
@@ -2090,16 +2085,16 @@ def test_a_resumed_run_is_the_one_that_was_stopped(stopped):
 
 # ---- train: weights of another run, scoring, --overfit -------------------------------------------
 
-def test_a_run_can_start_from_anothers_weights(tiny, corpus, tmp_path, capsys):
+def test_a_run_can_start_from_anothers_weights(tiny, corpus, tmp_path, printed):
     """With the same characters; with others, which alone are drawn; not in a network of another
     size."""
     source = ['--init_from', str(tiny() / 'best.pt'), '--learning_rate=0']
     flags = [*corpus, '--epochs=1', *SMALL, *source]
     run = tmp_path / 'run'
     assert '--init_from' in exit_code(train.main, *flags, '--hidden=8', '--run_dir', run)
-    before, same, after = [model.load_checkpoint(folder / 'best.pt')
+    before, same, after = [checkpoint_of(folder)
                            for folder in (tiny(), tiny(*source), trained(run, *flags))]
-    assert 'epoch   0: WER ' in capsys.readouterr().out
+    assert 'epoch   0: WER ' in printed()
     letters = len(before.alphabet)
     assert same.alphabet == before.alphabet == after.alphabet[:letters] != after.alphabet
     for name, weights in before.network.named_parameters():
@@ -2113,7 +2108,7 @@ def test_best_pt_is_never_worse_than_what_a_run_starts_from(by_heart, tmp_path):
                   '--init_from', by_heart / 'best.pt', '--epochs=2', '--blocks=3', '--hidden=64',
                   '--learning_rate=1')
     assert read_log(run)[-1]['wer'] > 0
-    assert model.load_checkpoint(run / 'best.pt').run['epoch'] == 0
+    assert checkpoint_of(run).run['epoch'] == 0
     assert read_results(run)['valid']['wer'] == 0
 
 
@@ -2156,14 +2151,14 @@ def test_two_processes_train_as_one(corpus, tmp_path):
     assert two.stdout.count('epoch   1') == 1, two.stderr
     exit_code(train.main, *flags, tmp_path / 'one')
     exit_code(train.main, *flags, tmp_path / 'none', '--learning_rate=0')
-    one, two, none = [train.all_weights(model.load_checkpoint(tmp_path / run / 'best.pt').network)
+    one, two, none = [train.all_weights(checkpoint_of(tmp_path / run).network)
                       for run in ('one', 'two', 'none')]
     assert (two - one).norm() < 0.03 * (one - none).norm()
 
 
-def test_benchmark_prints_one_object(corpus, capsys):
+def test_benchmark_prints_one_object(corpus, printed):
     train.main([*corpus, '--benchmark', *SMALL])
-    speeds = json.loads(capsys.readouterr().out.splitlines()[-1])
+    speeds = json.loads(printed().splitlines()[-1])
     assert len(speeds) == 4
     assert min(speeds.values()) > 0
 
@@ -2208,7 +2203,7 @@ def test_an_update_is_faster_than_in_textbook_form(frames_per_output, times, mon
     textbook.to(memory_format=torch.contiguous_format)
     monkeypatch.setattr(torch, 'channels_last', torch.contiguous_format)
     textbook_loss, textbook_seconds = timed_passes(textbook, batch)
-    assert textbook_loss == pytest.approx(loss, rel=1e-4)
+    assert textbook_loss == approx(loss, rel=1e-4)
     assert textbook_seconds > times * seconds
 
 
@@ -2227,16 +2222,16 @@ def test_100_000_utterances_start_within_20_seconds(tmp_path, monkeypatch):
 
 
 @slow
-def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
+def test_the_first_command_and_word_times(tmp_path, monkeypatch, printed):
     """python train.py and the command it prints. Then word times of new sentences by unseen
     speakers, against the synthesiser's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'orig_argv', [sys.executable])  # .venv/bin/python is not found here
     train.main(['--run_dir=run'])
-    promise, command = capsys.readouterr().out.strip().splitlines()[-2:]
+    promise, command = printed().strip().splitlines()[-2:]
     heard = subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()
     checkpoint = model.load_checkpoint('run/best.pt')
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     errors = []
     for speaker in range(900, 950):
         wave, spans = data.synthesise(' '.join(rng.choice(list(data.WORDS), 5)), speaker)
@@ -2253,43 +2248,31 @@ def test_the_first_command_and_word_times(tmp_path, monkeypatch, capsys):
 
 # ---- the README ----------------------------------------------------------------------------------
 
-README = Path(__file__).with_name('README.md')
+README = Path(__file__).with_name('README.md').read_text(encoding='utf-8')
 
 
-def test_the_example_of_the_readme_runs_as_it_is_written(capsys):
-    _, example, rest, *_ = re.split('```(?:python)?\n', README.read_text(encoding='utf-8'))
+def test_the_example_of_the_readme_runs_as_it_is_written(printed):
+    _, example, rest, *_ = re.split('```(?:python)?\n', README)
     exec(example, {})
-    assert capsys.readouterr().out.strip() == rest.strip().split('\n')[0].strip()
-
-
-def readme_commands():
-    """Every command of the README that begins with python, optional parts included."""
-    text = README.read_text(encoding='utf-8')
-    indented = re.findall(r'^    (python (?:.*\\\n)*.*)', text, flags=re.M)
-    inline = re.findall(r'`(python [^`]*)`', re.sub(r'```.*?```', '', text, flags=re.S))
-    commands = []
-    for command in indented + inline:
-        command = re.sub(r'\s+#.*', '', command.replace('\\\n', ' '))
-        commands.append(' '.join(re.sub(r'[][]', '', command).split()))
-    return commands
+    assert printed().strip() == rest.strip().split('\n')[0].strip()
 
 
 @slow
 def test_every_command_of_the_readme_runs(flags, whole, tmp_path, monkeypatch):
     """On tones, with a small network and an epoch; what a name stands for is put in its place."""
+    pytest.importorskip('matplotlib')
     monkeypatch.chdir(tmp_path)
     _, manifest, *_ = flags
     Path('book.txt').write_text('abc de\n')
     for name in 'clip.wav', 'clip.mp3':
-        soundfile.write(name, tones('abc de', np.random.default_rng(0)), 16000)
-    commands = readme_commands()
+        soundfile.write(name, tones('abc de', default_rng(0)), 16000)
+    lines = re.sub(r'\\\n|\n(?=\S)', ' ', README)  # those of a command, and of a paragraph
+    commands = re.findall(r'python (\w+\.py[^`#\n]*)', re.sub(r'[][]', '', lines))
     assert len(commands) > 20
     for number, command in enumerate(commands):
         command = re.sub(r'runs/\.\.\.|RUN', str(whole), command)
         command = re.sub(r'\S+\.(tsv|jsonl|transcription)|(?<= )an4|CORPUS', manifest, command)
-        _, program, *words = shlex.split(command)
-        if program == '-m' or '--plot' in words and not importlib.util.find_spec('matplotlib'):
-            continue  # pytest: its tests are these
+        program, *words = shlex.split(command)
         if program == 'train.py' and '--resume' not in words:
             words = ['--train_data', manifest, *words, *SMALL, '--epochs=1', f'--run_dir={number}']
         done = subprocess.run([sys.executable, Path(train.__file__).with_name(program), *words],
@@ -2299,7 +2282,7 @@ def test_every_command_of_the_readme_runs(flags, whole, tmp_path, monkeypatch):
 
 
 def test_every_test_that_the_readme_names_exists():
-    names = re.findall(r'pytest (?:-q )?-k "?([\w ]+)', README.read_text(encoding='utf-8'))
+    names = re.findall(r'pytest (?:-q )?-k "?([\w ]+)', README)
     assert len(names) > 5
     source = Path(__file__).read_text()
     for name in ' or '.join(names).split(' or '):
@@ -2308,10 +2291,10 @@ def test_every_test_that_the_readme_names_exists():
 
 def test_every_figure_of_the_readme_is_in_the_results():
     """Every number with a decimal point, code and settings apart."""
-    text = re.sub(r'(?s)```.*?```|`[^`]*`|\n    [^\n]*', '', README.read_text(encoding='utf-8'))
+    text = re.sub(r'(?s)```.*?```|`[^`]*`|\n    [^\n]*', '', README)
     figures = set(re.findall(r'(?<![\w.])\d+\.\d+(?![\w.])', text))
     assert len(figures) > 10
-    results = README.with_name('results').joinpath('README.md').read_text(encoding='utf-8')
+    results = Path(__file__).with_name('results').joinpath('README.md').read_text('utf-8')
     assert figures <= set(re.findall(r'\d+\.\d+', results))
 
 
