@@ -612,9 +612,8 @@ def without_sound(batch):
     return 0 * x, *rest
 
 
-# Of a kind: learnt or not, what is done to the network, to the batches, the rate, the updates.
 # Of a kind, learnt or not: what part of the network is replaced, by what; what is done to the
-# batches; the rate, the updates.
+# batches (tuple: nothing); the rate, the updates; what is said.
 WATCHED = [
     # ctc#1; TorchLeet#5, video-classification#42
     ('images', False, 'columns', lambda x: x.squeeze(2).mT.reshape(24, 8, 32), tuple, 3e-3, 2,
@@ -650,7 +649,8 @@ def test_what_a_batch_cannot_show_is_named_and_no_other(kind, learnt, part, valu
     torch.manual_seed(seed)
     network = other_network(kind, learnt, seed)
     owner, _, name = part.rpartition('.')
-    setattr(network.get_submodule(owner), name, value)
+    if part:
+        setattr(network.get_submodule(owner), name, value)
     watch = monitor.Watch(network, **OTHERS[kind][2])
     train_other(kind, network, updates, rate, change, watch)
     assert watch.findings
@@ -2002,7 +2002,7 @@ def survive(flags, uninterrupted, folder, kill_signal, rng, kills):
         err = kill(command, folder, kill_signal, rng)
         assert err.count('\n') <= 1, err
         command = ['--resume', folder]
-    train.main(['--resume', str(folder)])
+    train.main([f'--resume={folder}'])
     expected = outcome(uninterrupted)
     for name, content in outcome(folder).items():
         assert content == expected.get(name), name
@@ -2049,7 +2049,7 @@ def test_a_resumed_run_trains_what_is_left_and_says_that_it_is_finished(stopped,
     train.main([f'--resume={stopped}', '--workers=1'])
     assert 'epoch   1' not in printed()
     (stopped.parent / 'corpus/manifest.jsonl').unlink()  # it needs no data any more
-    train.main(['--resume', str(stopped)])
+    train.main([f'--resume={stopped}'])
     assert 'is finished: nothing is left to do' in printed()
     assert checkpoint_of(stopped).run['epoch'] == 3
 
@@ -2124,17 +2124,15 @@ def test_overfit_says_what_was_not_learnt(phase, advice):
 # ---- train: two processes, and speed -------------------------------------------------------------
 
 @slow
-def test_two_processes_train_as_one(corpus, tmp_path):
+def test_two_processes_train_as_one(tmp_path):
     """torchrun's two processes average their gradients.
 
-    All utterances share one recording, at its own speed, so that batch norm has the same statistics
+    All utterances have the same sound, at its own speed, so that batch norm has the same statistics
     in both, and differ in their texts, so that each has gradients of its own. Without dropout, both
     take the steps of one process.
     """
-    recording = Path(corpus[1]).with_name('0.wav')
-    rows = [json_row(str(recording), text) for text in random_texts(8, 4)]
-    (tmp_path / 'm.jsonl').write_text('\n'.join(rows))
-    flags = [f'--train_data={tmp_path / "m.jsonl"}', '--overfit=8', '--epochs=1', '--dropout=0',
+    manifest = write_corpus(tmp_path, random_texts(8, 4), [tones('abc def gh', default_rng(0))] * 8)
+    flags = ['--train_data', manifest, '--overfit=8', '--epochs=1', '--dropout=0',
              '--learning_rate=1e-6', *SMALL, '--run_dir']
     two = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
                           train.__file__, *flags, tmp_path / 'two'], capture_output=True, text=True)
