@@ -38,12 +38,12 @@ Hannun et al. 2014, "First-pass large vocabulary continuous speech recognition u
 recurrent DNNs" (prefix beam search); Witten & Bell 1991 (the character model's smoothing); Zeyer et
 al. 2021, "Why does CTC result in peaky behavior?".
 """
-import argparse
 import functools
 import itertools
 import json
 import math
 import sys
+from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ from torch.nn import init
 
 import data
 import monitor
+from monitor import UserError, error_at
 
 # MobileNetV3-Small's blocks (Howard et al. 2019, table 2). Those of the early path have 3 x 3
 # convolutions and ReLU, the others 5 x 5 and hard swish. Strides in time are ours: an image is as
@@ -431,13 +432,12 @@ def collapse(path: Iterable[int]) -> list[int]:
     return [symbol for symbol, _ in itertools.groupby(path) if symbol]
 
 
-def greedy_decode(log_probs: Tensor, lengths: Tensor) -> list[list[int]]:
+def greedy_decode(log_probs: Tensor) -> list[int]:
     """Collapse the path of each output's likeliest symbol (Graves et al. 2006, section 3.2).
 
-    log_probs (B, T', V), lengths (B,) -> B lists of symbols.
+    log_probs (T', V) of one clip, without padding -> its symbols.
     """
-    paths = log_probs.argmax(2).tolist()
-    return [collapse(path[:length]) for path, length in zip(paths, lengths.tolist())]
+    return collapse(log_probs.argmax(1).tolist())
 
 
 MOST_STEPS = 2_000_000_000  # of an alignment: a byte each
@@ -660,8 +660,8 @@ class Transcript(NamedTuple):
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint of train.py, from its file. Raises monitor.UserError."""
-    with monitor.error_at(path):
+    """A checkpoint of train.py, from its file. Raises UserError."""
+    with error_at(path):
         saved = torch.load(path, weights_only=True, map_location='cpu')
         if saved['format'] != FORMAT:
             raise ValueError(f'its format is {saved["format"]}, this code reads {FORMAT}')
@@ -683,10 +683,9 @@ def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0,
     network, alphabet, _, language_model = checkpoint
     mels, first_frame = data.features(wave)
     (log_probs,), _ = network(mels[None, None], torch.tensor([len(mels)]))        # (T', V)
+    text = data.decode(greedy_decode(log_probs), alphabet)
     if beam:
         text = beam_decode(log_probs, alphabet, language_model, beam)
-    else:
-        text = data.decode(collapse(log_probs.argmax(1).tolist()), alphabet)
     transcript = Transcript(text, [], mels, first_frame * data.FRAME_SECONDS, log_probs)
     if times:
         transcript.words.extend(timed_words(transcript, checkpoint))
@@ -707,22 +706,20 @@ def describe_checkpoint(checkpoint: Checkpoint) -> None:
 def plot_clip(transcript: Transcript, checkpoint: Checkpoint, path: str) -> None:
     """Draw a clip's log-mels and words, and the outputs' probabilities, over time.
 
-    Raises monitor.UserError where matplotlib is missing, and what savefig raises.
+    Raises UserError where matplotlib is missing, and what savefig raises.
     """
     pyplot = monitor.load_pyplot()
     _, words, mels, begin, log_probs = transcript
     probabilities = log_probs.exp()                                               # (T', V)
-    frames_per_output = checkpoint.network.config.frames_per_output
-    middles = (torch.arange(len(probabilities)) + 0.5) * frames_per_output        # in frames
-    times = begin + middles * data.FRAME_SECONDS
+    step = checkpoint.network.config.frames_per_output * data.FRAME_SECONDS       # of outputs
+    times = begin + step * (torch.arange(len(probabilities)) + 0.5)
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(10, 4.5),
                                              layout='constrained')
-    frames, bands = mels.shape
     above.imshow(mels.T.numpy(), origin='lower', aspect='auto',
-                 extent=(begin, begin + frames * data.FRAME_SECONDS, 0, bands))
+                 extent=(begin, begin + len(mels) * data.FRAME_SECONDS, 0, data.N_MELS))
     above.set_ylabel('mel band')
     for word in words:
-        above.text(word.start, bands + 2, word.text)
+        above.text(word.start, data.N_MELS + 2, word.text)
         above.axvspan(word.start, word.end, ymin=0.97, facecolor='white', edgecolor='black')
     below.fill_between(times, probabilities[:, 0], color='0.85')
     below.plot(times, probabilities[:, 1:])
@@ -737,11 +734,11 @@ def plot_clip(transcript: Transcript, checkpoint: Checkpoint, path: str) -> None
 # ---- python model.py -----------------------------------------------------------------------------
 
 def read_character_model(path: str, alphabet: list[str]) -> CharacterModel:
-    """The character model of a text file, a sentence a line. Raises monitor.UserError.
+    """The character model of a text file, a sentence a line. Raises UserError.
 
     Characters that the alphabet lacks become spaces.
     """
-    with monitor.error_at(path):
+    with error_at(path):
         texts = []
         for line in Path(path).read_text(encoding='utf-8').splitlines():
             known = [c if c in alphabet else ' ' for c in data.normalise_text(line)]
@@ -756,24 +753,23 @@ NARROW = ('nothing above 4 kHz, as from a telephone, and the model was trained o
           'expect many more errors')
 
 
-def transcribe_clip(clip: str, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Print, and draw, what the flags ask for of a clip. Raises monitor.UserError."""
+def transcribe_clip(clip: str, checkpoint: Checkpoint, args: Namespace) -> None:
+    """Print, and draw, what the flags ask for of a clip. Raises UserError."""
     wave = data.read_wave(clip, args.channel)
     if data.is_narrow(wave) and not checkpoint.run['narrow']:
         print(f'{clip}: {NARROW}', file=sys.stderr)
-    with monitor.error_at(clip):
-        transcript = transcribe(checkpoint, wave, args.beam, args.times or args.plot)
+    transcript = transcribe(checkpoint, wave, args.beam, args.times or args.plot)
     print(f'{clip}: {transcript.text}' if len(args.clips) > 1 else transcript.text)
     if args.times:
         for word in transcript.words:
             print(f'{word.start:6.2f} {word.end:6.2f}  {word.confidence:.2f}  {word.text}')
     if args.plot:
-        with monitor.error_at(f'--plot {args.plot}'):
+        with error_at(f'--plot {args.plot}'):
             plot_clip(transcript, checkpoint, args.plot)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description='Transcribe audio files, or describe a checkpoint.')
     add = parser.add_argument
     add('checkpoint', help='best.pt of a run')
@@ -783,29 +779,27 @@ def main(argv: list[str] | None = None) -> None:
         help="each word's start and end, in seconds, and its confidence")
     add('--beam', type=monitor.number(int, 0, 1000), default=0,
         help='texts kept by beam search with the character model; 0: greedy')
-    add('--lm_text', help='text file, one sentence a line, to build the character model of --beam '
-                          'from; unset: the training transcripts')
+    add('--lm_text', help='text file, one sentence a line, to build the character model of beam '
+                          f'search from (--beam {BEAM} unless given); unset: the training '
+                          'transcripts')
     add('--channel', type=monitor.number(int, 0, 64), default=0,
         help='of a recording, as of a call with a person on each, from 1; 0: the mean of all')
     add('--plot', help='draw the (last) clip into this .png, .svg or .pdf file; needs matplotlib')
     args = parser.parse_args(argv)
     with monitor.one_line_ends('model.py'):
         checkpoint = load_checkpoint(args.checkpoint)
-        if args.lm_text and not args.beam:
-            raise monitor.UserError('--lm_text is for beam search; give --beam 16 too')
         if args.lm_text:
+            args.beam = args.beam or BEAM
             other = read_character_model(args.lm_text, checkpoint.alphabet)
             checkpoint = checkpoint._replace(language_model=other)
         if not args.clips:
             describe_checkpoint(checkpoint)
-        failed = []
+        faults = {}
         for clip in args.clips:
-            try:
+            with data.listing(faults, clip):  # the other clips are still wanted
                 transcribe_clip(clip, checkpoint, args)
-            except monitor.UserError as error:  # the other clips are still wanted
-                failed.append(str(error))
-        if failed:
-            raise monitor.UserError('\n'.join(failed))
+        if faults:
+            raise UserError('\n'.join(faults.values()))
 
 
 if __name__ == '__main__':

@@ -67,6 +67,7 @@ PHASES = {
 }
 
 Lines = tuple[float, float]  # losses in nats per label: of a uniform and of a constant output
+Texts = Sequence[Sequence[int]]  # of each utterance its labels, without padding
 
 
 # ---- the two plateaus ----------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def outputs_needed(symbols: Sequence) -> int:
     return len(symbols) + sum(a == b for a, b in zip(symbols, symbols[1:]))
 
 
-def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int],
+def plateau_lines(targets: Texts, lengths: Sequence[int],
                   vocab_size: int, blank: int = 0) -> Lines:
     """The losses, in nats per label, of a uniform output and of the best constant one.
 
@@ -111,7 +112,7 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int],
 
     # On a log scale: with many outputs a label the best share is far below a hundredth. It is
     # sought in tenfold steps, then in finer ones; that of a few utterances is nearly that of all.
-    some = every_few(possible, 16, 5000)
+    some = every_few(possible, 16, 2000)
     of_some = functools.cache(lambda share: constant(share, some))
     best, step = 0.1, 10.0
     while step > 1.1:
@@ -126,7 +127,7 @@ def every_few(utterances: list, most: int, most_outputs: int) -> list:
     return utterances[::math.ceil(max(len(utterances) / most, outputs / most_outputs))]
 
 
-def losses_per_label(log_probs: Tensor, texts: Sequence[Sequence[int]], lengths: Tensor,
+def losses_per_label(log_probs: Tensor, texts: Texts, lengths: Tensor,
                      blank: int) -> Tensor:
     """CTC's loss of each utterance, divided by its number of labels (B,)."""
     sizes = torch.tensor(list(map(len, texts)))
@@ -299,19 +300,13 @@ def read_batch(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target
                blank: int) -> tuple[list[str], tuple]:
     """Of what F.ctc_loss takes: what breaks its contract, in words; log_probs (T, B, V) in single
     precision, the texts without padding, the lengths (B,)."""
-    whole = []
-    for name, value in (('targets', targets), ('input_lengths', input_lengths),
-                        ('target_lengths', target_lengths)):
-        value = torch.as_tensor(value).cpu()
-        if (value % 1).any():
-            return [f'{name} are not whole numbers; where lengths are shares of the longest, '
-                    'multiply them by its number of outputs, and round'], ()
-        whole.append(value.long())
-    targets, lengths, sizes = whole[0], whole[1].flatten(), whole[2].flatten()
-    log_probs = torch.as_tensor(log_probs).detach().float().cpu()
-    fault = wrong_shape(log_probs, targets, lengths, sizes)
+    tensors = [torch.as_tensor(x).detach().cpu()
+               for x in (log_probs, targets, input_lengths, target_lengths)]
+    fault = wrong_shape(*tensors)
     if fault:
         return [fault], ()
+    log_probs = tensors[0].float()
+    targets, lengths, sizes = [x.long() for x in tensors[1:]]
     if targets.dim() == 1:
         targets = nn.utils.rnn.pad_sequence(targets.split(sizes.tolist()), True)
     texts = [row[:size].tolist() for row, size in zip(targets, sizes)]
@@ -328,9 +323,13 @@ def sums_to_one(probabilities: Tensor, dim: int) -> bool:
 
 def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
                 target_lengths: Tensor) -> str | None:
-    """What is wrong with the arguments' shapes."""
-    batch = target_lengths.numel()
-    shape = tuple(log_probs.shape)
+    """What is wrong with the arguments' shapes and kinds of numbers."""
+    for name, numbers in (('targets', targets), ('input_lengths', input_lengths),
+                          ('target_lengths', target_lengths)):
+        if (numbers % 1).any():
+            return (f'{name} are not whole numbers; where lengths are shares of the longest, '
+                    'multiply them by its number of outputs, and round')
+    batch, shape = target_lengths.numel(), tuple(log_probs.shape)
     where = f'log_probs has the shape {shape} for {batch} target lengths'
     if len(shape) != 3 or 0 in shape:
         return f'{where}, not (T, B, V); of one clip, take log_probs.unsqueeze(1)'
@@ -349,31 +348,32 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
                 'each for every utterance')
     if target_lengths.min() < 0:
         return f'lengths go down to {int(target_lengths.min())} labels; count those of each text'
-    rows = targets.shape if targets.dim() == 2 else (0, 0)
-    if rows[0] != batch or rows[1] < target_lengths.max():
-        if targets.dim() == 1 and len(targets) == target_lengths.sum():
-            return None
+    longest = int(target_lengths.max())
+    padded = targets.dim() == 2 and len(targets) == batch and targets.shape[1] >= longest
+    if not padded and targets.shape != (target_lengths.sum(),):
         return (f'targets has the shape {tuple(targets.shape)} for {batch} utterances of up to '
-                f'{int(target_lengths.max())} labels; give (B, S), or all labels in one line')
+                f'{longest} labels; give (B, S), or all labels in one line')
     return None
 
 
-def check_symbols(texts: Sequence[Sequence[int]], vocab_size: int, blank: int) -> Iterator[str]:
+def check_symbols(texts: Texts, vocab_size: int, blank: int) -> Iterator[str]:
     """Targets that are not labels, or say nothing."""
     symbols = list(itertools.chain(*texts))
     if not 0 <= blank < vocab_size:
         yield (f'blank is {blank}, and the symbols are 0 to {vocab_size - 1}; give the one that '
                'the head has for it')
-    if negative := sum(symbol < 0 for symbol in symbols):
-        yield (f'{negative} of {len(symbols)} labels are negative: padding is counted in '
-               'target_lengths; give the lengths of the texts without it')
-    if blanks := symbols.count(blank):
-        yield (f'{blanks} of {len(symbols)} labels are the blank, symbol {blank}; number the '
-               'letters so that none has it, and leave padding out of target_lengths')
-    if outside := sum(symbol >= vocab_size for symbol in symbols):
-        yield (f'{outside} of {len(symbols)} labels are not between 0 and {vocab_size - 1}; make '
-               'the head as large as the alphabet and the blank')
-    if empty := sum(not text for text in texts):
+    labels = np.array(symbols)
+    for wrong, fault in (
+            (labels < 0, 'are negative: padding is counted in target_lengths; give the lengths of '
+                         'the texts without it'),
+            (labels == blank, f'are the blank, symbol {blank}; number the letters so that none has '
+                              'it, and leave padding out of target_lengths'),
+            (labels >= vocab_size, f'are not between 0 and {vocab_size - 1}; make the head as '
+                                   'large as the alphabet and the blank')):
+        if wrong.any():
+            yield f'{wrong.sum()} of {len(labels)} labels {fault}'
+    empty = texts.count([])
+    if empty:
         yield (f'{empty} of {len(texts)} texts have no label; see whether the loader drops '
                'letters that the alphabet lacks, or recordings have no transcript')
     if len(symbols) > 3 and len(texts) > 1 and len(set(symbols)) == 1:
@@ -398,7 +398,7 @@ def check_normalisation(log_probs: Tensor, input_lengths: Tensor) -> Iterator[st
                'negative; take log_softmax over the last dimension')
 
 
-def check_lengths(log_probs: Tensor, texts: Sequence[Sequence[int]],
+def check_lengths(log_probs: Tensor, texts: Texts,
                   input_lengths: Tensor) -> Iterator[str]:
     """Numbers of outputs that cannot be right."""
     frames = log_probs.shape[0]
@@ -418,7 +418,7 @@ def check_lengths(log_probs: Tensor, texts: Sequence[Sequence[int]],
                'make more outputs a second, or leave them out')
 
 
-def look(log_probs: Tensor, texts: Sequence[Sequence[int]], lengths: Tensor, blank: int) -> dict:
+def look(log_probs: Tensor, texts: Texts, lengths: Tensor, blank: int) -> dict:
     """What a batch's outputs (T, B, V) have learnt, in plain numbers: output_figures, the phase and
     what it was judged by, and
 
@@ -553,7 +553,7 @@ class Watch:
                  blank: int = 0, batch_first: bool = False):
         self.network = getattr(network, 'module', network)
         self.forward = forward or self.network
-        self.blank, self.batch_first = blank, batch_first
+        self.blank, self.batch_dim = blank, 0 if batch_first else 1
         self.calls = []     # of the first and the last nine what was seen, in plain numbers
         self.findings = []  # of the last, but for the phase
 
@@ -561,7 +561,7 @@ class Watch:
                  target_lengths: Tensor, sound: Tensor, *others: object) -> list[str]:
         """What check_ctc takes, and the network's inputs -> what is wrong, each with a next step,
         or the phase, on a plateau and where one has been left. Prints it."""
-        findings, batch = read_batch(self.time_first(log_probs), targets, input_lengths,
+        findings, batch = read_batch(log_probs.movedim(self.batch_dim, 1), targets, input_lengths,
                                      target_lengths, self.blank)
         if not findings:
             call = look(*batch, self.blank) | self.look_at_parts()
@@ -574,9 +574,6 @@ class Watch:
         self.findings = [finding for finding in findings if not finding.startswith('phase')]
         return findings
 
-    def time_first(self, log_probs: Tensor) -> Tensor:
-        """log_probs (T, B, V), whichever way they come."""
-        return log_probs.transpose(0, 1) if self.batch_first else log_probs
 
     def look_at_parts(self) -> dict:
         """Of the network's children that learn, {name: norm of the gradient}, {name: sum of the
@@ -595,7 +592,8 @@ class Watch:
         _, texts, lengths = batch
         sound = sound.detach().float().requires_grad_()
         with in_eval_mode(self.network), torch.enable_grad():
-            log_probs = self.time_first(self.forward(sound.clone(), *others)).float().cpu()
+            log_probs = self.forward(sound.clone(), *others).movedim(self.batch_dim, 1)
+            log_probs = log_probs.float().cpu()                                    # (T, B, V)
             # As weights that are alike would find no gradient where all symbols are equally likely.
             weights = torch.linspace(-1, 1, log_probs.shape[2])
             heard = (log_probs[:lengths[0], 0] * weights).sum()
@@ -666,8 +664,8 @@ def read_run(folder: str | Path) -> dict:
     """What a run folder of train.py holds. Raises UserError.
 
     name, config (of config.json), log (the epochs' records; none of a checkpoint that was only
-    scored), results ({what was scored: error rates}; none of a run at work), sentences ([file,
-    said, heard, heard by beam search] of the split scored last).
+    scored), results ({what was scored: error rates}; none of a run at work), sentences (of the
+    split scored last, each {'file', 'said', 'heard', 'beam' (by beam search), 'path'}).
     """
     folder = Path(folder)
     with error_at(folder):
@@ -678,8 +676,9 @@ def read_run(folder: str | Path) -> dict:
             run['results'] = json.loads((folder / 'results.json').read_text())
         for split in 'valid', 'test':
             if split in run['results']:
-                lines = (folder / f'{split}.tsv').read_text(encoding='utf-8').split('\n')[1:-1]
-                run['sentences'] = [line.split('\t') for line in lines]
+                text = (folder / f'{split}.tsv').read_text(encoding='utf-8')
+                names, *rows = [line.split('\t') for line in text.split('\n')[:-1]]
+                run['sentences'] = [dict(zip(names, row)) for row in rows]
     return run
 
 
@@ -706,15 +705,12 @@ def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
     """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
     last = log[-1]
     lines = config['valid_plateaus' if 'valid_loss' in last else 'plateaus']
-    yield (f'phase: {last["phase"]}; the loss has come '
-           f'{plateau_fraction(judged_by(last), lines):.0%} of the way from the uniform to the '
-           f'constant line, the entropy is {last["entropy"]:.0%} of the largest, the sound decides '
-           f'{last["sound"]:.0%} of the output')
-    if 'deletions' in last:
-        yield f'words left out: {last["deletions"]:.0%}'
-    for line in 'uniform', 'constant':
-        update = last[f'left_{line}']
-        yield f'left the {line} plateau: ' + (f'at update {update}' if update else 'never')
+    way = plateau_fraction(judged_by(last), lines)
+    yield (f'phase: {last["phase"]}; the loss has come {way:.0%} of the way from the uniform to '
+           f'the constant line, the entropy is {last["entropy"]:.0%} of the largest, the sound '
+           f'decides {last["sound"]:.0%} of the output')
+    for line in PLATEAUS:
+        yield f'left the {line} plateau at update: {last[f"left_{line}"] or "never"}'
     if 'wer' in last:
         best = best_epoch([*config['start'], *log])
         yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
@@ -760,46 +756,36 @@ def next_step(log: Sequence[Mapping], config: Mapping) -> str:
     return 'no warning applies; if the last epochs still improved, give a new run more'
 
 
-def word_errors(runs: Sequence[Mapping], column: int) -> Tensor:
-    """Word errors (runs, utterances) of runs that scored the same; column: of their sentences, what
-    was heard."""
-    errors = []
-    for run in runs:
-        errors.append([edit_counts(words_of(sentence[1]), words_of(sentence[column]))[0]
-                       for sentence in run['sentences']])
-    return torch.tensor(errors).float()
-
-
 def print_comparison(runs: Sequence[Mapping]) -> None:
     """Print a table of runs, those together that differ by their seed alone: the WER of each, their
     mean (that of all their words), standard deviation and 95 % interval over utterances; of two
     groups, or of two runs, whether one is better. Raises UserError.
     """
-    said = [[sentence[:2] for sentence in run['sentences']] for run in runs]
+    said = [[sentence['said'] for sentence in run['sentences']] for run in runs]
     for run, own in zip(runs, said):
         if not own or own != said[0]:
             raise UserError(f'{run["name"]}: not finished, or other recordings were scored')
-    words = torch.tensor([len(words_of(text)) for _, text in said[0]])
+    words = torch.tensor([len(words_of(text)) for text in said[0]])
     flags = [run['config']['flags'] for run in runs]
     differ = [name for name in flags[0] if name not in NO_SETTINGS
               and len({str(own.get(name)) for own in flags}) > 1]
-    groups = {}
-    for run, own in zip(runs, flags):
-        name = ', '.join(f'{setting} {own.get(setting)}' for setting in differ)
-        groups.setdefault(name, []).append(run)
-    if len(runs) == 2:
-        groups = {run['name']: [run] for run in runs}
-    for decoding, column in ('greedy', 2), ('beam search', 3):
+    for decoding, heard in ('greedy', 'heard'), ('beam search', 'beam'):
         print(f'{decoding}: WER of each run in %, mean, deviation, 95 % interval')
-        errors = {name: word_errors(group, column) for name, group in groups.items()}
-        for name, counts in errors.items():
-            wers = 100 * counts.sum(1) / words.sum()
-            low, high = bootstrap_interval(counts.mean(0), words)
-            spread = f'{stdev(wers.tolist()):.2f}' if len(wers) > 1 else '    '
-            print(*(f'{wer:6.2f}' for wer in wers), f'  {wers.mean():6.2f}  {spread}  '
-                  f'{low:.1f} to {high:.1f}  {name}')
+        groups = {}
+        for run, own in zip(runs, flags):
+            name = ', '.join(f'{setting} {own.get(setting)}' for setting in differ)
+            errors = [edit_counts(words_of(sentence['said']), words_of(sentence[heard]))[0]
+                      for sentence in run['sentences']]
+            groups.setdefault(run['name'] if len(runs) == 2 else name, []).append(errors)
+        groups = {name: torch.tensor(group).float() for name, group in groups.items()}
+        for name, errors in groups.items():
+            wers = (100 * errors.sum(1) / words.sum()).tolist()
+            low, high = bootstrap_interval(errors.mean(0), words)
+            spread = f'{stdev(wers):.2f}' if len(wers) > 1 else '    '
+            print(*(f'{wer:6.2f}' for wer in wers),
+                  f'  {mean(wers):6.2f}  {spread}  {low:.1f} to {high:.1f}  {name}')
         if len(groups) == 2:
-            print_difference(words, errors)
+            print_difference(words, groups)
 
 
 def print_difference(words: Tensor, errors: Mapping[str, Tensor]) -> None:
@@ -823,7 +809,7 @@ PHASE_COLOURS = {'uniform': '#999999', 'constant': '#E69F00', 'learning': '#56B4
                  'learnt': '#009E73'}
 
 
-def load_pyplot():
+def load_pyplot() -> object:
     """matplotlib.pyplot, which draws into files only. Raises UserError where it is missing."""
     with error_at('matplotlib is needed (python -m pip install matplotlib)'):
         import matplotlib
@@ -841,40 +827,31 @@ def plot_runs(runs: Sequence[Mapping], path: str) -> None:
     if not all(run['log'] for run in runs):
         raise ValueError('a run has no epochs to draw')
     pyplot = load_pyplot()
-    figure, (losses, wers, gradients) = pyplot.subplots(1, 3, figsize=(15, 5), layout='constrained')
-    for run, colour in zip(runs, itertools.cycle(COLOURS)):
-        epochs = [record['epoch'] for record in run['log']]
-        keys = [(losses, 'valid_loss', '-'), (losses, 'train_loss', '--'), (wers, 'wer', '-')]
-        keys += zip(itertools.repeat(gradients), gradient_parts(run['log'][0]),
-                    itertools.cycle(['-', '--', ':', '-.']))
-        for axes, key, style in keys:
-            values = [record.get(key, math.nan) for record in run['log']]
-            axes.plot(epochs, values, style, color=colour, label=f'{key}, {run["name"]}')
-        losses.scatter(epochs, [judged_by(record) for record in run['log']], zorder=3,
-                       color=[PHASE_COLOURS[record['phase']] for record in run['log']])
-    for loss, name in zip(runs[0]['config']['plateaus'], ('uniform', 'constant')):
-        losses.axhline(loss, color='0.5', linestyle=':')
-        losses.text(1, loss, f'{name} output: {loss:.2f}', va='bottom')
+    panels = {'CTC loss, nats per label': ['valid_loss', 'train_loss'],
+              'validation WER, %': ['wer'],
+              'gradient norm, nats per label': gradient_parts(runs[0]['log'][0])}
+    figure, (losses, *others) = pyplot.subplots(1, 3, figsize=(15, 5), layout='constrained')
     for phase, colour in PHASE_COLOURS.items():
         losses.scatter([], [], color=colour, label=f'phase: {phase}')
-    for axes, label, scale in ((losses, 'CTC loss, nats per label', 'log'),
-                               (wers, 'validation WER, %', 'linear'),
-                               (gradients, 'gradient norm, nats per label', 'log')):
-        axes.set(xlabel='epoch', ylabel=label, yscale=scale)
-        axes.yaxis.set_major_formatter('{x:g}')
-        axes.legend(fontsize=7)
-    figure.suptitle('\n'.join(longest_sentence(runs)), family='monospace', x=0, ha='left')
-    figure.savefig(path, dpi=120)
-
-
-def longest_sentence(runs: Sequence[Mapping]) -> list[str]:
-    """What was said and heard of the longest sentence that a run scored, as lines."""
+    for loss, name in zip(runs[0]['config']['plateaus'], PLATEAUS):
+        losses.axhline(loss, color='0.5', linestyle=':')
+        losses.text(1, loss, f'{name} output: {loss:.2f}', va='bottom')
     lines = []
-    for run in runs:
-        _, said, heard, _ = max(run['sentences'], default=['', '', '', ''],
-                                key=lambda sentence: len(sentence[1]))
-        lines += [f'said   {said}', f'heard  {heard}  ({run["name"]})']
-    return list(dict.fromkeys(lines))  # what was said once
+    for run, colour in zip(runs, itertools.cycle(COLOURS)):
+        epochs = [record['epoch'] for record in run['log']]
+        losses.scatter(epochs, list(map(judged_by, run['log'])), zorder=3,
+                       color=[PHASE_COLOURS[record['phase']] for record in run['log']])
+        for axes, (label, keys) in zip([losses, *others], panels.items()):
+            for key, style in zip(keys, ['-', '--', ':', '-.']):
+                values = [record.get(key, math.nan) for record in run['log']]
+                axes.plot(epochs, values, style, color=colour, label=f'{key}, {run["name"]}')
+            axes.set(xlabel='epoch', ylabel=label, yscale='linear' if 'wer' in keys else 'log')
+            axes.yaxis.set_major_formatter('{x:g}')
+            axes.legend(fontsize=7)
+        for longest in sorted(run['sentences'], key=lambda row: len(row['said']))[-1:]:
+            lines += [f'said   {longest["said"]}', f'heard  {longest["heard"]}  ({run["name"]})']
+    figure.suptitle('\n'.join(dict.fromkeys(lines)), family='monospace', x=0, ha='left')
+    figure.savefig(path, dpi=120)
 
 
 # ---- how programs end ----------------------------------------------------------------------------
@@ -889,7 +866,7 @@ def error_at(where: object) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f'{where}: {error}') from error
+        raise UserError(f'{where}: {str(error).removeprefix(f"{where}: ")}') from error
     except Exception as error:
         reason = ' '.join(str(error).split())[:200]
         if not isinstance(error, (ValueError, OSError)):

@@ -16,7 +16,6 @@ its number of labels, averaged over utterances.
 References: Smith & Topin 2019 (OneCycle); Loshchilov & Hutter 2019 (AdamW); Lee & Watanabe 2021
 (intermediate CTC).
 """
-import argparse
 import itertools
 import json
 import math
@@ -25,9 +24,10 @@ import random
 import shlex
 import sys
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -36,11 +36,13 @@ import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, parameters_to_vector
 
 import data
 import model
 import monitor
+from monitor import UserError, error_at
 
 CHECK_UP_TO = 5000      # utterances; files of larger corpora are decoded first only with --skip_bad
 OVERFIT_UPDATES = 50    # at least, in an epoch of --overfit
@@ -96,7 +98,7 @@ FIXES = {
 OURS = {'deep_path', 'interctc', 'output_rate'}
 
 
-def undone_fixes(args: argparse.Namespace) -> list[str]:
+def undone_fixes(args: Namespace) -> list[str]:
     """The names of the fixes that --undo and --only take back."""
     undone = set(args.undo)
     if args.only or 'all' in undone:
@@ -171,13 +173,13 @@ FLAGS = {  # by group: name, a type or the choices, default, help
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> ArgumentParser:
     """The parser of FLAGS, --undo and --only."""
     lines = ['fixes, and the value that --undo brings back:']
     lines += [f'  {name}: {fix.setting} {fix.before}; {fix.why}' for name, fix in FIXES.items()]
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description='Train a MobileNetV3 + BiLSTM + CTC speech recogniser.', allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog='\n'.join(lines))
+        formatter_class=RawDescriptionHelpFormatter, epilog='\n'.join(lines))
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, kind, default, text in flags:
@@ -202,13 +204,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str] | None = None) -> Namespace:
     """The flags; what --undo takes back becomes the default, --resume brings a run's own. Raises
-    monitor.UserError."""
+    UserError."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.evaluate and not args.test_data:
         parser.error('--evaluate needs --test_data, the corpus to score on')
+    if args.overfit or args.evaluate:
+        parser.set_defaults(valid_data='none', test_data='none')
     if args.init_from:
         parser.set_defaults(learning_rate=FINE_TUNING)
     for name in undone_fixes(args):
@@ -217,7 +221,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         typed = {word.partition('=')[0] for word in argv or sys.argv if word.startswith('--')}
         if not typed <= set(RESUMED):
             parser.error(f'--resume has the flags of its run; it takes {", ".join(RESUMED)}')
-        with monitor.error_at(f'--resume {args.resume}'):
+        with error_at(f'--resume {args.resume}'):
             config = json.loads((Path(args.resume) / 'config.json').read_text())
         parser.set_defaults(**config['flags'] | {'run_dir': args.resume})
     return parser.parse_args(argv)
@@ -225,7 +229,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 # ---- training and evaluation ---------------------------------------------------------------------
 
-def make_optimizer(network: nn.Module, args: argparse.Namespace, updates: int) -> tuple:
+def make_optimizer(network: nn.Module, args: Namespace, updates: int) -> tuple:
     """AdamW, and the schedule of its learning rate: OneCycleLR to ten times the given one, or none.
 
     It rises from 0.4 to 10 times the given one in the first 10 % of the updates, then falls to
@@ -244,10 +248,9 @@ def make_optimizer(network: nn.Module, args: argparse.Namespace, updates: int) -
 
 
 def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: torch.optim.AdamW,
-                schedule: object, history: dict[str, list[float]], watch: monitor.Watch,
-                args: argparse.Namespace) -> None:
+                schedule: object, history: dict, watch: monitor.Watch, args: Namespace) -> None:
     """One pass over the batches; figures of each update go to the history, and the watch looks at
-    one of WATCH_EVERY. Raises monitor.UserError at a gradient that is not finite.
+    one of WATCH_EVERY. Raises UserError at a gradient that is not finite.
     """
     network.train()
     for batch in batches:
@@ -264,13 +267,13 @@ def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: to
         norms = monitor.gradient_norms(watch.network)
         norm = norms['gradient'].item()
         if not math.isfinite(norm):
-            raise monitor.UserError(
+            raise UserError(
                 f'update {len(history["gradient"]) + 1}: the loss is {loss.item()}, its gradient '
                 'not finite; start again with a lower --learning_rate, as from the last whole '
                 f'epoch, --init_from {args.run_dir}/best.pt')
         clipped = 0 < args.grad_clip < norm
         if clipped:
-            nn.utils.clip_grads_with_norm_(network.parameters(), args.grad_clip, norms['gradient'])
+            clip_grads_with_norm_(network.parameters(), args.grad_clip, norms['gradient'])
         optimizer.step()
         schedule.step()
         watched = {'train_loss': loss.item(), 'clipped': clipped} | norms
@@ -281,15 +284,15 @@ def train_epoch(network: nn.Module, batches: Iterable[data.Batch], optimizer: to
 
 @torch.no_grad()
 def evaluate(network: nn.Module, utterances: Sequence[data.Utterance], alphabet: Sequence[str],
-             args: argparse.Namespace, language_model: model.CharacterModel | None = None,
+             args: Namespace, language_model: model.CharacterModel | None = None,
              batch_size: int = 16) -> tuple[float, list]:
     """Score every utterance once, greedily and, with a language model, by beam search.
 
     -> the mean loss of the utterances that CTC can align; and in the order of the utterances rows:
-    [file, said, heard, heard by beam search, the best symbol of every output].
+    file, said, heard, beam (what beam search heard), path (the best symbol of every output).
     """
     network.eval()
-    losses, rows = [], {}
+    losses, rows = [], [{}] * len(utterances)
     batches = data.loader(data.Speech(utterances, alphabet),
                           data.evaluation_batches(utterances, batch_size), args.workers)
     for batch in data.progress(batches, 'scoring'):
@@ -298,83 +301,65 @@ def evaluate(network: nn.Module, utterances: Sequence[data.Utterance], alphabet:
         loss = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, lengths, batch.target_lengths,
                           reduction='none') / batch.target_lengths
         losses += loss[~loss.isinf()].tolist()
-        decoded = model.greedy_decode(log_probs, lengths)
-        for i, symbols, clip, length in zip(batch.indices, decoded, log_probs, lengths.tolist()):
-            clip = clip[:length]
-            beam = ''
+        for i, clip, length in zip(batch.indices, log_probs, lengths):
+            u, clip, beam = utterances[i], clip[:length], ''
             if language_model:
                 beam = model.beam_decode(clip, alphabet, language_model, args.beam)
-            rows[i] = [' '.join(utterances[i].path.name.split()), utterances[i].text,
-                       data.decode(symbols, alphabet), beam,
-                       data.show_path(clip.argmax(1).tolist(), alphabet)]
-    return mean(losses or [math.inf]), [rows[i] for i in sorted(rows)]
+            rows[i] = {'file': ' '.join(u.path.name.split()), 'said': u.text,
+                       'heard': data.decode(model.greedy_decode(clip), alphabet), 'beam': beam,
+                       'path': data.show_path(clip.argmax(1).tolist(), alphabet)}
+    return mean(losses or [math.inf]), rows
 
 
-def rates_of(rows: Sequence[Sequence[str]], heard: int = 2) -> dict:
-    """monitor.error_rates of rows of evaluate; heard: 2 greedily, 3 by beam search."""
-    return monitor.error_rates([row[1] for row in rows], [row[heard] for row in rows])
+def rates_of(rows: Sequence[dict], heard: str = 'heard') -> dict:
+    """monitor.error_rates of rows of evaluate; heard: 'heard' greedily, or by beam search 'beam'.
+    """
+    return monitor.error_rates([row['said'] for row in rows], [row[heard] for row in rows])
 
 
 # ---- data and network of a run -------------------------------------------------------------------
 
-def read_data(args: argparse.Namespace) -> data.Splits:
-    """The utterances for training, validation and test. Raises monitor.UserError that lists all
+def read_data(args: Namespace) -> data.Splits:
+    """The utterances for training, validation and test. Raises UserError that lists all
     that is broken."""
     paths = {'train': args.train_data, 'valid': args.valid_data, 'test': args.test_data}
     if args.train_data is None and not args.evaluate:
         builtin = data.builtin_corpus()
         paths = {split: path or builtin[split] for split, path in paths.items()}
-    if args.overfit or args.evaluate:
-        paths['valid'] = 'none'
-    if args.overfit:
-        paths['test'] = 'none'
     splits = data.read_splits(**paths, seed=args.seed, frames_per_output=args.frames_per_output,
                               check_up_to=math.inf if args.skip_bad else CHECK_UP_TO)
-    faults = list(splits.faults.values())
-    if faults and not args.skip_bad:
-        raise monitor.UserError('\n'.join([
-            *faults, f'{len(faults)} utterances cannot be used; --skip_bad leaves them out']))
-    for fault in faults:
-        print(fault)
+    if splits.faults:
+        faults = '\n'.join(splits.faults.values())
+        if not args.skip_bad:
+            raise UserError(f'{faults}\n{len(splits.faults)} utterances cannot be used; --skip_bad '
+                            'leaves them out')
+        print(faults)
     if not (splits.test if args.evaluate else splits.train):
-        raise monitor.UserError('no utterance is left that can be used; give more')
-    train = list(splits.train)
-    random.Random(args.seed).shuffle(train)
-    train = train[:args.overfit or args.num_train_samples or None]
-    if args.overfit:
-        splits = splits._replace(valid=train)
-    return splits._replace(train=train)
+        raise UserError('no utterance is left that can be used; give more')
+    random.Random(args.seed).shuffle(splits.train)
+    train = splits.train[:args.overfit or args.num_train_samples or None]
+    return splits._replace(train=train, valid=train if args.overfit else splits.valid)
 
-
-def name_unseen(utterances: Iterable[data.Utterance], checkpoint: model.Checkpoint) -> None:
-    """Print what is in utterances that are to be scored and was not in training: characters, which
-    can never be said, and speech from a telephone."""
-    unseen = set().union(*(u.text for u in utterances)).difference(checkpoint.alphabet)
-    if unseen:
-        print('characters that training lacks, each counted as an error:', *sorted(unseen))
-    narrow = sum(u.narrow for u in utterances)
-    if narrow and not checkpoint.run['narrow']:
-        print(f'{narrow} recordings: {model.NARROW}')
 
 
 def make_network(alphabet: list[str], start: model.Checkpoint | None,
-                 args: argparse.Namespace) -> model.Recogniser:
+                 args: Namespace) -> model.Recogniser:
     """The network of the flags, with the weights of a checkpoint to start from, whose alphabet
     comes first in the new one: a new character's row of the head is drawn, the others are taken
-    over. Raises monitor.UserError."""
-    settings = {field.name: getattr(args, field.name) for field in fields(model.Config)}
+    over. Raises UserError."""
+    settings = {name: getattr(args, name) for name in asdict(NETWORK)}
     network = model.Recogniser(model.Config(**settings | {'vocab_size': len(alphabet)}))
     if start:
         weights = start.network.state_dict()
-        with monitor.error_at(f'--init_from {args.init_from}'):
+        with error_at(f'--init_from {args.init_from}'):
             for name, drawn in network.head.state_dict(prefix='head.').items():
                 weights[name] = torch.cat([weights[name], drawn[len(start.alphabet):]])
             network.load_state_dict(weights)
-    with monitor.error_at(f'--device {args.device}'):
+    with error_at(f'--device {args.device}'):
         return network.to(args.device)
 
 
-def training_speech(splits: data.Splits, config: dict, args: argparse.Namespace) -> data.Speech:
+def training_speech(splits: data.Splits, config: dict, args: Namespace) -> data.Speech:
     """The training data with its augmentation; of --overfit as it is."""
     augmentation = () if args.overfit else (args.spec_augment, True, args.concat)
     return data.Speech(splits.train, config['alphabet'], args.frames_per_output, args.seed,
@@ -385,8 +370,8 @@ def training_speech(splits: data.Splits, config: dict, args: argparse.Namespace)
 
 def save(content: dict | str, path: Path) -> None:
     """Write a text, or a dict of plain data and tensors, all of it or nothing. Raises
-    monitor.UserError."""
-    with monitor.error_at(path), data.whole_file(path) as part:
+    UserError."""
+    with error_at(path), data.whole_file(path) as part:
         if isinstance(content, str):
             part.write_text(content, encoding='utf-8')
         else:
@@ -395,35 +380,32 @@ def save(content: dict | str, path: Path) -> None:
 
 def save_checkpoint(network: model.Recogniser, language_model: str, run: dict,
                     folder: Path) -> None:
-    """Save best.pt, a plain dict. Raises monitor.UserError."""
+    """Save best.pt, a plain dict. Raises UserError."""
     save({'format': model.FORMAT, 'config': asdict(network.config), 'alphabet': run['alphabet'],
           'model': network.state_dict(), 'language_model': language_model, 'run': run},
          folder / 'best.pt')
 
 
-def save_state(path: Path, learning: dict, watch: monitor.Watch, log: list[dict],
-               history: dict[str, list[float]]) -> None:
-    """Save all that an epoch hands on to the next. Raises monitor.UserError."""
-    save({name: part.state_dict() for name, part in learning.items()}
-         | {'random': torch.get_rng_state(), 'calls': watch.calls, 'findings': watch.findings,
-            'log': log, 'history': dict(history)}, path)
+def save_state(path: Path, learning: dict, **records: object) -> None:
+    """Save all that an epoch hands on to the next. Raises UserError."""
+    states = {name: part.state_dict() for name, part in learning.items()}
+    save(states | records | {'random': torch.get_rng_state()}, path)
 
 
-def load_state(path: Path, learning: dict,
-               watch: monitor.Watch) -> tuple[list[dict], dict[str, list[float]]]:
-    """Bring what learns back to the end of a run's last whole epoch -> its log and history."""
-    if not path.exists():
-        return [], defaultdict(list)
-    with monitor.error_at(path):
-        state = torch.load(path, weights_only=True, map_location='cpu')
-        for name, part in learning.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state['random'])
-        watch.calls, watch.findings = state['calls'], state['findings']
-        return state['log'], defaultdict(list, state['history'])
+def load_state(path: Path, learning: dict) -> dict:
+    """Bring what learns back to the end of a run's last whole epoch -> the run's records: log,
+    history, watch (calls and findings). Raises UserError."""
+    state = {'log': [], 'history': {}, 'watch': ([], [])}
+    if path.exists():
+        with error_at(path):
+            state = torch.load(path, weights_only=True, map_location='cpu')
+            for name, part in learning.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state['random'])
+    return state
 
 
-def epoch_batches(speech: data.Speech, epoch: int, args: argparse.Namespace) -> list:
+def epoch_batches(speech: data.Speech, epoch: int, args: Namespace) -> list:
     """The batches of an epoch, from 0, by seed and epoch alone: of one pass over the data, but of
     --overfit, of as many as make 50 updates."""
     passes = 1
@@ -440,13 +422,8 @@ def watch_network(network: model.Recogniser) -> monitor.Watch:
     return monitor.Watch(network, lambda *inputs: network(*inputs)[0], batch_first=True)
 
 
-def all_weights(network: nn.Module) -> Tensor:
-    """A copy of all weights, as one row."""
-    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
-
-
 def validate(network: model.Recogniser, splits: data.Splits, config: dict, record: dict,
-             args: argparse.Namespace) -> tuple[dict, list]:
+             args: Namespace) -> tuple[dict, list]:
     """Score after an epoch, and add what that says to its record of the log, with the phase
     -> scores, and rows of evaluate; both empty without validation data."""
     scores, rows, lines = {}, [], config['plateaus']
@@ -455,20 +432,18 @@ def validate(network: model.Recogniser, splits: data.Splits, config: dict, recor
         lines = config['valid_plateaus']
         rates = rates_of(rows)
         scores = {'valid': rates}
-        record |= {'valid_loss': loss, 'wer': rates['wer'], 'cer': rates['cer'],
-                   'deletions': rates['deletions'] / rates['words']}
+        record |= {'valid_loss': loss, 'wer': rates['wer'], 'cer': rates['cer']}
     record['phase'] = monitor.name_phase(monitor.judged_by(record), lines)
     return scores, rows
 
 
 def fit(network: model.Recogniser, splits: data.Splits, config: dict,
-        args: argparse.Namespace) -> None:
+        args: Namespace) -> None:
     """Train, validate, record, save and report, epoch by epoch, after the last whole one.
 
     state.pt is all that an epoch hands on to the next, so a killed run ends with the weights of an
     uninterrupted one (of one process, on a CPU). It is written last: killed before that, the epoch
-    is made again, with the same result. Raises monitor.UserError, OSError.
-    """
+    is made again, with the same result. Raises UserError, OSError."""
     rank, ranks = process()
     folder = Path(args.run_dir)
     speech = training_speech(splits, config, args)
@@ -477,7 +452,9 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
     optimizer, schedule = make_optimizer(network, args, updates * args.epochs)
     learning = {'network': network, 'optimizer': optimizer, 'schedule': schedule}
     watch = watch_network(network)
-    log, history = load_state(folder / 'state.pt', learning, watch)
+    state = load_state(folder / 'state.pt', learning)
+    log, history = state['log'], defaultdict(list, state['history'])
+    watch.calls, watch.findings = state['watch']
     trained = network
     if ranks > 1:  # several processes average their gradients
         trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
@@ -486,11 +463,11 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
         save_checkpoint(network, language_model, config | config['start'][0], folder)
     while len(log) < args.epochs and not (args.overfit and log and log[-1]['cer'] == 0):
         start = time.time()
-        before = all_weights(network)
+        before = parameters_to_vector(network.parameters())
         batches = data.loader(speech, epoch_batches(speech, len(log), args), args.workers)
         train_epoch(trained, data.progress(batches, f'epoch {len(log) + 1}: update'), optimizer,
                     schedule, history, watch, args)
-        change = (all_weights(network) - before).norm() / before.norm()
+        change = (parameters_to_vector(network.parameters()) - before).norm() / before.norm()
         record = {'epoch': len(log) + 1, 'updates': len(history['train_loss']),
                   'seconds': time.time() - start + (log[-1]['seconds'] if log else 0),
                   'weight_change': change.item(), 'warnings': watch.findings,
@@ -504,50 +481,57 @@ def fit(network: model.Recogniser, splits: data.Splits, config: dict,
             save_checkpoint(network, language_model, config | {'epoch': len(log), 'scores': scores},
                             folder)
         save(''.join(json.dumps(record) + '\n' for record in log), folder / 'log.jsonl')
-        save_state(folder / 'state.pt', learning, watch, log, history)
+        save_state(folder / 'state.pt', learning, log=log, history=dict(history),
+                   watch=(watch.calls, watch.findings))
         print(monitor.epoch_line(record), flush=True)
         if rows:
-            _, said, heard, _, path = rows[len(log) % len(rows)]
-            print(f'     said {said}\n    heard {heard}\n          {path}', flush=True)
+            row = rows[len(log) % len(rows)]
+            print('     said {said}\n    heard {heard}\n          {path}'.format(**row), flush=True)
 
 
 # ---- the end of a run ----------------------------------------------------------------------------
 
 def score(checkpoint: model.Checkpoint, utterances: Sequence[data.Utterance], split: str,
-          known: Container[str], args: argparse.Namespace) -> tuple[dict, list]:
+          known: Container[str], args: Namespace) -> tuple[dict, list]:
     """Error rates of a checkpoint, greedy and by beam search, of all utterances and of those whose
     text is not among the known -> {what was scored: rates}, rows of evaluate.
 
-    Writes what was said and heard into the run folder, and prints the rates.
+    Writes what was said and heard into the run folder, and prints the rates, and what training
+    lacked: characters, which can never be said, and speech from a telephone.
     """
-    network, alphabet, _, language_model = checkpoint
+    network, alphabet, run, language_model = checkpoint
+    unseen = set().union(*(u.text for u in utterances)).difference(alphabet)
+    if unseen:
+        print('characters that training lacks, each counted as an error:', *sorted(unseen))
+    narrow = sum(u.narrow for u in utterances)
+    if narrow and not run['narrow']:
+        print(f'{narrow} recordings: {model.NARROW}')
     _, rows = evaluate(network.to(args.device), utterances, alphabet, args, language_model)
-    lines = ['\t'.join(row[:4]) + '\n' for row in [['file', 'said', 'heard', 'beam'], *rows]]
+    lines = ['\t'.join(cells) + '\n' for cells in (rows[0], *(row.values() for row in rows))]
     save(''.join(lines), Path(args.run_dir) / f'{split}.tsv')
-    results = {split: rates_of(rows), f'{split}, beam search': rates_of(rows, heard=3)}
-    new = [row for row in rows if row[1] not in known]
+    results = {split: rates_of(rows), f'{split}, beam search': rates_of(rows, 'beam')}
+    new = [row for row in rows if row['said'] not in known]
     if 0 < len(new) < len(rows):  # a language model knows the others by heart
         name = f'{split}, sentences new to training'
-        results |= {name: rates_of(new), f'{name}, beam search': rates_of(new, heard=3)}
+        results |= {name: rates_of(new), f'{name}, beam search': rates_of(new, 'beam')}
     monitor.print_scores(results)
     return results, rows
 
 
-def finish(checkpoint_path: str | Path, splits: data.Splits, args: argparse.Namespace) -> None:
-    """Score a checkpoint, write the results and a clip, report. Raises monitor.UserError,
+def finish(checkpoint_path: str | Path, splits: data.Splits, args: Namespace) -> None:
+    """Score a checkpoint, write the results and a clip, report. Raises UserError,
     OSError."""
     folder = Path(args.run_dir)
     checkpoint = model.load_checkpoint(checkpoint_path)
     known = {u.text for u in splits.train}
-    results, utterances, rows = {}, splits.train, []
-    for split in 'valid', 'test':
-        if getattr(splits, split):
-            utterances = getattr(splits, split)
-            name_unseen(utterances, checkpoint)
+    results, examples = {}, splits.train[:1]
+    for split, utterances in ('valid', splits.valid), ('test', splits.test):
+        if utterances:
             found, rows = score(checkpoint, utterances, split, known, args)
             results |= found
-    right = [u for u, row in zip(utterances, rows) if row[1] == row[2]]
-    example = max(right or utterances[:1], key=lambda u: len(u.text))
+            right = [u for u, row in zip(utterances, rows) if row['said'] == row['heard']]
+            examples = right or utterances[:1]
+    example = max(examples, key=lambda u: len(u.text))
     wave = data.resample(*data.load_utterance(example), data.SAMPLE_RATE)
     with data.whole_file(folder / 'clip.wav') as part:
         soundfile.write(part, wave.numpy(), data.SAMPLE_RATE)
@@ -561,7 +545,7 @@ def finish(checkpoint_path: str | Path, splits: data.Splits, args: argparse.Name
 
 
 def report_overfit(run: dict) -> None:
-    """Print whether --overfit has learnt its utterances. Raises monitor.UserError where not."""
+    """Print whether --overfit has learnt its utterances. Raises UserError where not."""
     last = run['log'][-1]
     if last['cer'] == 0:
         print(f'learnt: all utterances are right after {last["updates"]} updates; data, loss and '
@@ -571,12 +555,12 @@ def report_overfit(run: dict) -> None:
               'its own transcript')
     if last['phase'] in ('learning', 'learnt'):
         advice = f'it was still learning, so give it more, as by --epochs {2 * last["epoch"]}'
-    raise monitor.UserError(f'NOT LEARNT after {last["updates"]} updates, CER {last["cer"]:.1f} %; '
+    raise UserError(f'NOT LEARNT after {last["updates"]} updates, CER {last["cer"]:.1f} %; '
                             f'{advice}')
 
 
 def benchmark(network: model.Recogniser, speech: data.Speech,
-              args: argparse.Namespace) -> None:
+              args: Namespace) -> None:
     """Print the seconds of audio that pass in a second, on 40 batches, as one JSON line."""
     batches = data.training_batches(speech, args.batch_size, epoch=0)[:40]
     clips = [speech.utterances[i] for _, i in itertools.chain(*batches)]
@@ -610,7 +594,7 @@ def process() -> tuple[int, int]:
     return 0, 1
 
 
-def join_processes(args: argparse.Namespace) -> None:
+def join_processes(args: Namespace) -> None:
     """Where torchrun has started several processes, let them know of each other."""
     if dist.is_torchelastic_launched():
         dist.init_process_group()
@@ -621,21 +605,21 @@ def join_processes(args: argparse.Namespace) -> None:
             sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 - until the process ends
 
 
-def make_folder(config: dict, args: argparse.Namespace) -> None:
-    """A run folder that was not there before, with config.json. Raises monitor.UserError."""
-    with monitor.error_at('--run_dir'):
+def make_folder(config: dict, args: Namespace) -> None:
+    """A run folder that was not there before, with config.json. Raises UserError."""
+    with error_at('--run_dir'):
         Path(args.run_dir).mkdir(parents=True)
     save('', Path(args.run_dir) / 'log.jsonl')
     save(json.dumps(config, indent=1), Path(args.run_dir) / 'config.json')
 
 
-def prepare(splits: data.Splits, args: argparse.Namespace) -> tuple[dict, model.Recogniser]:
+def prepare(splits: data.Splits, args: Namespace) -> tuple[dict, model.Recogniser]:
     """What a run knows before it trains, which config.json keeps, and its network; what it starts
-    from is scored as epoch 0. Raises monitor.UserError."""
+    from is scored as epoch 0. Raises UserError."""
     folder = Path(args.run_dir)
     saved, start = {'alphabet': [''], 'start': []}, None
     if args.resume:
-        with monitor.error_at(f'--resume {folder}'):
+        with error_at(f'--resume {folder}'):
             saved = json.loads((folder / 'config.json').read_text())
     if args.init_from and not (folder / 'state.pt').exists():
         start = model.load_checkpoint(args.init_from)
@@ -643,7 +627,7 @@ def prepare(splits: data.Splits, args: argparse.Namespace) -> tuple[dict, model.
     config = {'flags': vars(args), 'start': saved['start']}
     config |= data.describe_corpus(splits, args.frames_per_output, saved['alphabet'])
     if saved.get('digest', config['digest']) != config['digest']:
-        raise monitor.UserError(f'--resume {folder}: the texts or durations of its data have '
+        raise UserError(f'--resume {folder}: the texts or durations of its data have '
                                 'changed')
     network = make_network(config['alphabet'], start, args)
     if start and splits.valid:
@@ -654,8 +638,8 @@ def prepare(splits: data.Splits, args: argparse.Namespace) -> tuple[dict, model.
     return config, network
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train and score as the flags say. Raises monitor.UserError, OSError."""
+def run(args: Namespace) -> None:
+    """Train and score as the flags say. Raises UserError, OSError."""
     # Gradients that fade through time become numbers below 1e-38, with which a CPU works many times
     # slower: without this, an update takes 2.5 times as long once the outputs are sharp.
     torch.set_flush_denormal(True)
@@ -669,7 +653,7 @@ def run(args: argparse.Namespace) -> None:
     join_processes(args)
     rank, ranks = process()
     if args.overfit and ranks > 1:
-        raise monitor.UserError('--overfit is for one process')
+        raise UserError('--overfit is for one process')
     splits = read_data(args)
     if args.evaluate:
         make_folder({'flags': vars(args)}, args)
