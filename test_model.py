@@ -793,7 +793,7 @@ def test_a_planted_fault_is_named_and_no_other(flags, patch, words, seed, small_
     if patch:
         monkeypatch.setattr(*patch)
     run = small_run('--epochs=4', f'--seed={seed}', *flags.split())
-    advice = monitor.next_step(run['log'], run['config'])
+    *_, advice = monitor.explain(run['log'], run['config'])
     assert words in printed() + advice
 
 
@@ -2121,21 +2121,23 @@ def test_overfit_says_what_was_not_learnt(phase, advice):
 def test_two_processes_train_as_one(tmp_path):
     """torchrun's two processes average their gradients.
 
-    All utterances have the same sound, at its own speed, so that batch norm has the same statistics
-    in both, and differ in their texts, so that each has gradients of its own. Without dropout, both
-    take the steps of one process.
+    All utterances have the same sound, so that batch norm has nearly the same statistics in both,
+    and differ in their texts, so that each has gradients of its own. Without dropout, both take
+    nearly the steps of one process: their weights end an eighth of the way off, and half of it
+    where nothing is averaged.
     """
     manifest = write_corpus(tmp_path, random_texts(8, 4), [tones('abc def gh', default_rng(0))] * 8)
-    flags = ['--train_data', manifest, '--overfit=8', '--epochs=1', '--dropout=0',
-             '--learning_rate=1e-6', *SMALL, '--run_dir']
+    flags = ['--train_data', manifest, '--valid_data=none', '--epochs=6', '--dropout=0',
+             '--learning_rate=1e-6', *SMALL]
     two = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-                          train.__file__, *flags, tmp_path / 'two'], capture_output=True, text=True)
+                          train.__file__, *flags, '--run_dir', tmp_path / 'two'],
+                         capture_output=True, text=True)
     assert two.stdout.count('epoch   1') == 1, two.stderr
-    exit_code(train.main, *flags, tmp_path / 'one')
-    exit_code(train.main, *flags, tmp_path / 'none', '--learning_rate=0')
-    one, two, none = [train.all_weights(checkpoint_of(tmp_path / run).network)
-                      for run in ('one', 'two', 'none')]
-    assert (two - one).norm() < 0.03 * (one - none).norm()
+    trained(tmp_path / 'one', *flags)
+    trained(tmp_path / 'none', *flags, '--learning_rate=0')
+    weights = [checkpoint_of(tmp_path / run).network.parameters() for run in ('one', 'two', 'none')]
+    one, two, none = map(nn.utils.parameters_to_vector, weights)
+    assert (two - one).norm() < 0.25 * (one - none).norm()
 
 
 def test_benchmark_prints_one_object(corpus, printed):
