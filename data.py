@@ -17,7 +17,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -26,9 +25,10 @@ import tempfile
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, gcd, inf
+from fractions import Fraction
+from math import ceil, inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,12 +42,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 import monitor
+from monitor import UserError, error_at
 
 SAMPLE_RATE = 16000                  # samples a second
 WINDOW = 400                         # samples: 25 ms
 HOP = 160                            # samples: 10 ms
 FRAME_SECONDS = HOP / SAMPLE_RATE
 N_FFT = 512                          # bins of 31.25 Hz
+HERTZ = torch.linspace(0, 8000, 257)[:, None]
 N_MELS = 80
 LOG_FLOOR = 1e-10                    # power: the rounding of 16 bits gives more
 CLICK = 3.2                          # nats above the voice, mean over the bands: 14 dB
@@ -70,8 +72,7 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     """
     if rate == new_rate:
         return wave
-    divisor = gcd(rate, new_rate)
-    up, down = new_rate // divisor, rate // divisor
+    up, down = Fraction(new_rate, rate).as_integer_ratio()
     # Whole blocks keep the ratio exact, 32 at a time the transform fast; the zeros keep the end
     # from wrapping round to the start.
     blocks = ceil((len(wave) + 512) / down / 32) * 32
@@ -84,10 +85,10 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple[Tensor, int]:
     """Any file that libsndfile reads -> wave (S,) float32, and its rate in Hz: of one channel,
     counted from 1, or the channels' mean.
 
-    Raises monitor.UserError, also where a wav, aiff or au is shorter than its header says (sizes
+    Raises UserError, also where a wav, aiff or au is shorter than its header says (sizes
     near 2^31 and 2^32 are those of programs that stream, and do not know).
     """
-    with monitor.error_at(path):
+    with error_at(path):
         os.stat(path)  # whose errors tell more than libsndfile's
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
@@ -99,14 +100,14 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple[Tensor, int]:
             if channel > file.channels:
                 raise ValueError(f'it has no channel {channel}')
             channels = file.read(dtype='float32', always_2d=True)
-            wave = channels[:, channel - 1] if channel else channels.mean(1)
-        if not len(wave) or not np.abs(wave).max() < 1e6:  # also where one is not a number
+        wave = channels[:, channel - 1] if channel else channels.mean(1)
+        if not 0 <= np.abs(wave).max(initial=-1) < 1e6:  # also where one is not a number
             raise ValueError('it holds no samples, or some are not finite')
     return torch.from_numpy(wave), rate
 
 
 def read_wave(path: str | Path, channel: int = 0) -> Tensor:
-    """read_audio at 16 kHz -> wave (S,). Raises monitor.UserError."""
+    """read_audio at 16 kHz -> wave (S,). Raises UserError."""
     return resample(*read_audio(path, channel), SAMPLE_RATE)
 
 
@@ -126,10 +127,9 @@ def mel_filters() -> Tensor:
     mels = np.linspace(0, 15 + np.log(8) / log_step, N_MELS + 2)
     logarithmic = 1000 * np.exp(log_step * (mels - 15))
     edges = np.where(mels < 15, mels * 200 / 3, logarithmic)
-    hertz = np.linspace(0, 8000, 257)
-    triangles = [np.interp(hertz, edges[band:band + 3], [0, 1, 0])
+    triangles = [np.interp(HERTZ, edges[band:band + 3], [0, 1, 0])
                  for band in range(N_MELS)]
-    return torch.tensor(np.array(triangles)).float().T.contiguous()
+    return torch.tensor(np.hstack(triangles)).float()
 
 
 MEL_FILTERS = mel_filters()
@@ -164,7 +164,7 @@ def voice_level(steady: Tensor) -> Tensor:
     would set.
     """
     loudest = steady.sort(descending=True).values
-    loud = int((loudest >= loudest[0] - 7).sum())  # within 7 nats of the loudest
+    loud = (loudest >= loudest[0] - 7).sum()  # within 7 nats of the loudest
     return loudest[min(20, loud // 4)]
 
 
@@ -241,10 +241,10 @@ class Utterance:
         self.frames = ceil(round(self.duration * SAMPLE_RATE) / HOP)
 
 
-def load_utterance(u: Utterance) -> tuple[Tensor, int]:
-    """An utterance's wave (S,) and rate. Raises monitor.UserError, and ValueError where the
+def load_utterance(u: Utterance, channel: int = 0) -> tuple[Tensor, int]:
+    """An utterance's wave (S,) and rate. Raises UserError, and ValueError where the
     recording does not last as long as its corpus says."""
-    wave, rate = read_audio(u.path)
+    wave, rate = read_audio(u.path, channel)
     if u.offset is not None:
         wave = wave[round(u.offset * rate):][:round(u.duration * rate)]
     seconds = len(wave) / rate
@@ -259,10 +259,10 @@ class Speech:
 
     Augmentation depends on seed, epoch and the utterance alone; what `concat` (the chance of it)
     puts behind it, on the corpus too. frames_per_output: above 0, an utterance that CTC cannot
-    align raises monitor.UserError; 0 lets it pass, for evaluation.
+    align raises UserError; 0 lets it pass, for evaluation.
     """
-    utterances: Sequence[Utterance]
-    alphabet: Sequence[str]
+    utterances: Sequence
+    alphabet: list
     frames_per_output: int = 0
     seed: int = 0
     spec_augment: bool = False
@@ -279,10 +279,10 @@ class Speech:
 
         Seeded by name and text: it keeps its augmentation in a subset or in another order.
         """
-        name = f'{u.path.stem} {u.text}'
-        return default_rng([self.seed, epoch, zlib.crc32(name.encode()), purpose])
+        name = zlib.crc32(f'{u.path.stem} {u.text}'.encode())
+        return default_rng([self.seed, epoch, name, purpose])
 
-    def draw(self, epoch: int, index: int) -> tuple[list[Utterance], int]:
+    def draw(self, epoch: int, u: Utterance) -> tuple[list, int]:
         """What an item is in an epoch: the utterance and, by the chance `concat`, one more of its
         speaker's; and its speed, from 90 to 110 per cent of the recording's own.
 
@@ -290,28 +290,19 @@ class Speech:
         (random utterance concatenation, Lin et al. 2022). Recordings are joined as they are: of two
         that are 35 dB apart, the quieter one is taken for silence.
         """
-        u = self.utterances[index]
-        parts, speed = [u], 100
-        if self.speed_perturb:
-            rng = self.rng(epoch, u, 0)
-            speed = int(rng.integers(90, 111))
+        speed = int(self.rng(epoch, u, 0).integers(90, 111)) if self.speed_perturb else 100
         rng = self.rng(epoch, u, 2)
-        if rng.random() < self.concat:
-            same_speaker = self.of_speaker[u.speaker]
-            parts.append(same_speaker[rng.integers(len(same_speaker))])
-        return parts, speed
-
-    def frames(self, epoch: int, index: int) -> float:
-        """About how many frames an item has in an epoch."""
-        parts, speed = self.draw(epoch, index)
-        return sum(u.frames for u in parts) / speed * 100
+        if rng.random() >= self.concat:
+            return [u], speed
+        same_speaker = self.of_speaker[u.speaker]
+        return [u, same_speaker[rng.integers(len(same_speaker))]], speed
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = item
         u = self.utterances[index]
-        with monitor.error_at(u.where):
+        with error_at(u.where):
             # Where CTC could not align what was drawn: the utterance alone, as it was recorded.
-            for parts, speed in self.draw(epoch, index), ([u], 100):
+            for parts, speed in self.draw(epoch, u), ([u], 100):
                 waves = [resample(*load_utterance(part), SAMPLE_RATE) for part in parts]
                 # At 110 %, 110 samples become 100: faster and higher.
                 mels, _ = features(resample(torch.cat(waves), speed, 100))
@@ -334,7 +325,7 @@ class Batch(NamedTuple):
     indices: tuple          # of the utterances, B whole numbers
 
 
-def collate(items: Sequence[tuple[Tensor, Tensor, int]]) -> Batch:
+def collate(items: Sequence) -> Batch:
     """Items of Speech -> a Batch."""
     mels, targets, indices = zip(*items)
     lengths = torch.tensor(list(map(len, mels)))
@@ -345,24 +336,23 @@ def collate(items: Sequence[tuple[Tensor, Tensor, int]]) -> Batch:
     return Batch(padded[:, None], lengths, targets, target_lengths, indices)
 
 
-BatchList = list[list[tuple[int, int]]]  # batches of (epoch, index), which Speech is asked for
-
-
 def training_batches(
     speech: Speech,
     batch_size: int,
     epoch: int,
     rank: int = 0,
     ranks: int = 1,
-) -> BatchList:
-    """One epoch's batches: every utterance once, the batches in random order.
+) -> list:
+    """One epoch's batches of (epoch, index), which Speech is asked for: every utterance once, the
+    batches in random order.
 
     The items of a batch have nearly equal lengths, augmentation included; a jitter of 2 % varies
     which ones meet. Of several processes (ranks), each takes its share of every batch; one without
     a share repeats the batch's first utterance.
     """
     rng = default_rng([speech.seed, epoch])
-    frames = [speech.frames(epoch, index) for index in range(len(speech.utterances))]
+    drawn = [speech.draw(epoch, u) for u in speech.utterances]
+    frames = [sum(u.frames for u in parts) / speed * 100 for parts, speed in drawn]
     jittered = frames * rng.uniform(0.98, 1.02, len(frames))
     items = [(epoch, index) for index in np.argsort(jittered, kind='stable').tolist()]
     batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
@@ -370,19 +360,19 @@ def training_batches(
     return [batch[rank::ranks] or batch[:1] for batch in batches]
 
 
-def evaluation_batches(utterances: Sequence[Utterance], batch_size: int) -> BatchList:
-    """Every utterance once, of epoch 0, sorted by length; long ones in smaller batches or alone,
+def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
+    """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
     for memory."""
-    batches = [[]]
+    batches = []
     for i in sorted(range(len(utterances)), key=lambda i: utterances[i].frames):
         fitting = EVALUATED_FRAMES // utterances[i].frames
-        if len(batches[-1]) >= min(batch_size, max(1, fitting)):
+        if not batches or len(batches[-1]) >= min(batch_size, fitting):
             batches.append([])
         batches[-1].append((0, i))
     return batches
 
 
-def loader(speech: Speech, batches: BatchList, workers: int = 0) -> DataLoader:
+def loader(speech: Speech, batches: list, workers: int = 0) -> DataLoader:
     """The batches as Batch, in the order given, whatever the number of worker processes."""
     # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with
     # workers than without.
@@ -406,13 +396,13 @@ def normalise_text(text: str) -> str:
     return unicodedata.normalize('NFC', ' '.join(visible.split()))
 
 
-def make_alphabet(utterances: Iterable[Utterance], known: Sequence[str] = ('',)) -> list[str]:
+def make_alphabet(utterances: Sequence, known: Sequence = ('',)) -> list:
     """The known characters, and then every other one of the transcripts; symbol 0 is CTC's blank
     and stands for no character."""
     return [*known, *sorted({character for u in utterances for character in u.text} - {*known})]
 
 
-def encode(text: str, alphabet: Sequence[str]) -> list[int]:
+def encode(text: str, alphabet: list) -> list:
     """Text -> symbols, never the blank.
 
     A character that the alphabet lacks is left out: no output can say it.
@@ -421,23 +411,14 @@ def encode(text: str, alphabet: Sequence[str]) -> list[int]:
     return [symbols[character] for character in text if character in symbols]
 
 
-def decode(symbols: Iterable[int], alphabet: Sequence[str]) -> str:
+def decode(symbols: Sequence, alphabet: list) -> str:
     """Symbols -> text."""
     return ''.join(alphabet[symbol] for symbol in symbols)
 
 
-def show_path(symbols: Iterable[int], alphabet: Sequence[str]) -> str:
+def show_path(symbols: Sequence, alphabet: list) -> str:
     """The symbols of outputs for the eye: the space as _, the blank as -."""
     return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in symbols)
-
-
-def punctuation_note(alphabet: Iterable[str]) -> str | None:
-    """What to know of characters that are written and not said, None without any."""
-    marks = [c for c in alphabet if c not in "-'" and unicodedata.category(c)[:1] in 'PSN']
-    if not marks:
-        return None
-    return ('punctuation and digits are learnt as letters are; remove what is not said, and write '
-            f'numbers as they are said: {" ".join(marks)}')
 
 
 TOO_SHORT = 'too short for its text; correct or remove it, or lower --frames_per_output'
@@ -450,112 +431,76 @@ def can_align(symbols: Sequence, frames: float, frames_per_output: int) -> bool:
 
 # ---- corpora: what reads their rows --------------------------------------------------------------
 
-# The names that tables and manifests have for the fields of a row.
-AUDIO = ('audio_filepath', 'path', 'file', 'audio', 'file_name')
-TEXT = ('text', 'sentence', 'transcript', 'transcription')
-SPEAKER = ('speaker', 'client_id')
+# What tables and manifests call the fields of a row -> what they are called here.
+NAMES = {
+    'audio_filepath': 'audio',
+    'path': 'audio',
+    'file': 'audio',
+    'file_name': 'audio',
+    'sentence': 'text',
+    'transcript': 'text',
+    'transcription': 'text',
+    'client_id': 'speaker',
+}
 SUFFIXES = ('', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus')
 
 
-# The readers of corpora yield for each row where it stands, what makes a dict of it, and of what.
+# The readers of corpora yield for each row where it stands, and its fields as a dict or as JSON.
 
 def numbered_lines(path: Path) -> Iterator:
-    """A text file's lines that are not empty -> ('file:number', line).
+    """A text file's lines that are not empty, or a JSON array's objects -> ('file:number', line).
 
-    What is not UTF-8 becomes lone surrogates, which are refused in the row that has them.
+    Which reads JSON as NeMo has it: {"audio_filepath": "1.flac", "text": "go", "duration": 1.8}.
+    With an "offset", in seconds, an utterance is that part of a longer recording. What is not UTF-8
+    becomes lone surrogates, which are refused in the row that has them.
     """
-    with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f'{path}:{number}', line.strip(' \r\n')
-
-
-def json_rows(path: Path) -> Iterator:
-    """JSON lines, as NeMo has them: {"audio_filepath": "1.flac", "text": "go", "duration": 1.8}; or
-    an array of such objects.
-
-    With an "offset", in seconds, an utterance is that part of a longer recording.
-    """
-    _, first = next(numbered_lines(path), ('', ''))
-    if first.startswith('['):
-        rows = json.loads(path.read_text(encoding='utf-8-sig'))
-        return ((f'{path}: object {number}', dict, row) for number, row in enumerate(rows, 1))
-    return ((where, json.loads, line) for where, line in numbered_lines(path))
+    text = path.read_text(encoding='utf-8-sig', errors='surrogateescape')
+    place, lines = f'{path}:', text.split('\n')
+    if re.match(r'\s*\[\s*\{', text):
+        place, lines = f'{path}: object ', map(json.dumps, json.loads(text))
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f'{place}{number}', line.strip(' \r\n')
 
 
 def table_rows(path: Path, **form: object) -> Iterator:
     """A CSV table with a header and a row a line, or one in another form."""
-    lines = numbered_lines(path)
-    _, header = next(lines, ('', ''))
-    names = next(csv.reader([header], **form), [])
-    for wanted in AUDIO, TEXT:
-        if not set(wanted).intersection(names):
-            raise ValueError(f'its header needs one of {", ".join(wanted)}')
+    (_, header), *lines = numbered_lines(path)
     for where, line in lines:
-        yield where, functools.partial(table_row, names, form), line
-
-
-def table_row(names: Sequence[str], form: dict, line: str) -> dict:
-    """A line of a table. Raises ValueError, csv.Error."""
-    cells = next(csv.reader([line], strict=True, **form))
-    if len(cells) != len(names):
-        raise ValueError(f'{len(cells)} columns, and the header has {len(names)}')
-    return dict(zip(names, cells))
-
-
-def tsv_rows(path: Path) -> Iterator:
-    """A TSV table with a header, as Common Voice has it, which does not quote."""
-    return table_rows(path, delimiter='\t', quoting=csv.QUOTE_NONE)
+        yield where, *csv.DictReader([header, line], **form)
 
 
 def librispeech_rows(path: Path) -> Iterator:
-    """A LibriSpeech speaker/chapter/*.trans.txt: "84-121123-0001 GO DO YOU HEAR"."""
+    """A LibriSpeech speaker/chapter/*.trans.txt: "84-121123-0001 GO DO YOU HEAR", of speaker 84."""
     for where, line in numbered_lines(path):
         name, _, text = line.partition(' ')
         speaker, _, _ = name.rpartition('-')[0].partition('-')
-        yield where, dict, {'audio': name, 'text': text, 'speaker': speaker}
+        yield where, {'audio': name, 'text': text, 'speaker': speaker}
 
 
 def sphinx_rows(path: Path) -> Iterator:
     """CMU Sphinx's etc/*.transcription, "<s> GO </s> (an251-fash-b)", and its .fileids, line by
-    line."""
-    lines, files = numbered_lines(path), numbered_lines(path.with_suffix('.fileids'))
-    pairs = itertools.zip_longest(lines, files, fillvalue=(str(path), ''))
-    for (where, line), (_, file) in pairs:
-        yield where, functools.partial(sphinx_row, file), line
+    line, "fash/an251-fash-b".
+
+    Fillers (<sil>, ++NOISE++, [COUGH]) and the numbers of alternates, HELLO(2), are dropped.
+    """
+    files = numbered_lines(path.with_suffix('.fileids'))
+    for (where, line), (_, file) in zip(numbered_lines(path), files, strict=True):
+        text, _, name = line.removesuffix(')').rpartition('(')
+        text = re.sub(r'<\S*>|\+\+\S*\+\+|\[\S*\]|\(\d+\)', ' ', text)
+        audio = f'../wav/{file}' if file.endswith(name) else name  # which is not found
+        yield where, {'audio': audio, 'text': text, 'speaker': Path(file).parent.name}
 
 
-def sphinx_row(file: str, line: str) -> dict:
-    """A line of a .fileids and of the .transcription. Fillers (<sil>, ++NOISE++, [COUGH]) and the
-    numbers of alternates, HELLO(2), are dropped. Raises ValueError."""
-    text, _, name = line.removesuffix(')').rpartition('(')
-    if not name or not file.endswith(name):
-        raise ValueError(f'it should end in the name of its file in brackets, as of {file}')
-    text = re.sub(r'<\S*>|\+\+\S*\+\+|\[\S*\]|\(\d+\)', ' ', text)
-    return {'audio': f'../wav/{file}', 'text': text, 'speaker': Path(file).parent.name}
-
-
-# Of corpora: how files are named in their folder, or end where one is named; their reader.
+# Of corpora, by how the files of their transcripts end: the reader. Common Voice does not quote.
 FORMS = {
-    '**/[!.]*.trans.txt': librispeech_rows,
-    'etc/*{split}*.transcription': sphinx_rows,
-    '*.tsv': tsv_rows,
-    '*.csv': table_rows,
-    '*.jsonl': json_rows,
-    '*.json': json_rows,
+    '.jsonl': numbered_lines,
+    '.json': numbered_lines,
+    '.csv': table_rows,
+    '.tsv': functools.partial(table_rows, delimiter='\t', quoting=csv.QUOTE_NONE),
+    '.txt': librispeech_rows,
+    '.transcription': sphinx_rows,
 }
-
-
-def corpus_rows(path: Path, split: str) -> Iterator:
-    """The rows of a corpus, its form recognised by its path. Raises ValueError, OSError."""
-    os.stat(path)
-    for pattern, reader in FORMS.items():
-        files = sorted(path.glob(pattern.format(split=split))) if '/' in pattern else []
-        if path.name.endswith(pattern.rpartition('*')[2]):
-            files = [path]
-        if files:
-            return itertools.chain.from_iterable(map(reader, files))
-    raise ValueError(f'its name, or a folder\'s files, should be one of: {" ".join(FORMS)}')
 
 
 # ---- corpora: utterances, hold-out, faults -------------------------------------------------------
@@ -563,118 +508,101 @@ def corpus_rows(path: Path, split: str) -> Iterator:
 def find_audio(name: str, folder: Path) -> Path:
     """The file of a name in a folder or in its clips/, as Common Voice has it, with its suffix or
     without. Raises ValueError."""
-    # As it is written, with Windows' back-slashes, or with accents as a Mac writes them.
-    names = dict.fromkeys([name, name.replace('\\', '/'), unicodedata.normalize('NFD', name),
-                           unicodedata.normalize('NFC', name)])
-    for name, place, suffix in itertools.product(names, (folder, folder / 'clips'), SUFFIXES):
-        audio = place / f'{name}{suffix}'
-        if audio.is_file():
-            return audio
+    name = name.replace('\\', '/')  # of Windows
+    for form in 'NFC', 'NFD':  # letters with their accents, and apart from them as on a Mac
+        for place in folder, folder / 'clips':
+            for suffix in SUFFIXES:
+                audio = place / f'{unicodedata.normalize(form, name)}{suffix}'
+                if audio.is_file():
+                    return audio
     raise ValueError(f'{folder / name} is not a file, nor is one of that name in clips/')
 
 
-def make_utterance(row: dict, where: str) -> Utterance:
+def make_utterance(row: dict | str, where: str) -> Utterance:
     """One row of a corpus -> an Utterance. Raises what Python raises where the row is wrong."""
-    fields = []
-    for names in AUDIO, TEXT, SPEAKER:
-        fields.append(next((row[name] for name in names if row.get(name) not in (None, '')), ''))
-    audio, text, speaker = fields
-    text = normalise_text(text)
+    row = json.loads(row) if isinstance(row, str) else row
+    if None in row:
+        raise ValueError('it has more columns than the header')
+    row = {NAMES.get(name, name): value for name, value in row.items() if value not in (None, '')}
+    text = normalise_text(row.get('text', ''))
     text.encode()  # which fails where it is not UTF-8
-    if not text or not audio:
-        raise ValueError(f'it needs one of {", ".join(TEXT)} and one of {", ".join(AUDIO)}')
-    path = find_audio(audio, Path(where).parent)
-    offset = row.get('offset')
-    start = float(offset or 0)
+    if not text or 'audio' not in row:
+        raise ValueError(f'it needs text and audio, or other names of theirs; it has {list(row)}')
+    path = find_audio(row['audio'], Path(where).parent)
+    start = float(row.get('offset', 0))
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
-    if not 0.001 < duration <= LONGEST or not 0 <= start <= LONGEST:
+    if not 0 <= start < start + duration - 0.001 < LONGEST:
         raise ValueError(f'duration {duration} s, offset {start} s: not within an hour')
-    return Utterance(path, text, duration, str(speaker), where, offset if offset is None else start)
+    speaker = str(row.get('speaker', ''))
+    return Utterance(path, text, duration, speaker, where, start if 'offset' in row else None)
 
 
 @contextlib.contextmanager
-def listing(faults: dict[str, str], where: str) -> Iterator[None]:
+def listing(faults: dict, where: str) -> Iterator[None]:
     """List what is wrong at a place, {where: message}, and go on."""
     try:
-        with monitor.error_at(where):
+        with error_at(where):
             yield
-    except monitor.UserError as error:
+    except UserError as error:
         faults.setdefault(where, str(error))
 
 
-def read_corpus(path: str | Path,
-                split: str = 'train') -> tuple[list[Utterance], dict[str, str]]:
+def read_corpus(path: str | Path, split: str = 'train') -> tuple[list, dict]:
     """A corpus -> its Utterances sorted by file name, and what is wrong with others {where:
     message}.
 
     The form is recognised by the path (FORMS; split chooses among several files of a folder).
-    Raises monitor.UserError where none can be read.
+    Raises UserError where no row can be used, with one fault for all: it is mostly the
+    same in each, as where a table's header is wrong or the recordings lie elsewhere.
     """
     utterances, faults = [], {}
-    with monitor.error_at(path):
-        for where, parse, content in corpus_rows(Path(path), split):
-            with listing(faults, where):
-                utterances.append(make_utterance(parse(content), where))
+    with error_at(path):
+        folder = Path(path)
+        files = [*folder.rglob('[!.]*.trans.txt'), *folder.glob(f'etc/*{split}*.transcription')]
+        files = sorted(files) or [folder]
+        if files[0].suffix not in FORMS:
+            raise ValueError(f'it should end in one of {" ".join(FORMS)}, or be a folder with '
+                             '*.trans.txt or etc/*.transcription')
+        for file in files:
+            for where, row in FORMS[file.suffix](file):
+                with listing(faults, where):
+                    utterances.append(make_utterance(row, where))
+        if faults and not utterances:
+            raise UserError(f'none of {len(faults)} rows is right; {min(faults.values())}')
     return sorted(utterances, key=lambda u: u.path.stem), faults
 
 
 class Splits(NamedTuple):
     """What read_splits found."""
-    train: list[Utterance]
-    valid: list[Utterance]
-    test: list[Utterance]
-    notes: list      # how validation was held out, in words
+    train: list
+    valid: list
+    test: list
     faults: dict     # {where: message} of utterances that cannot be used
     problems: dict   # {what is wrong: names of files} of usable recordings
 
 
-def check_recordings(splits: Splits) -> None:
-    """Decode every file, note its true duration and frames, faults and problems."""
-    texts = {}
-    for u in progress(splits.train + splits.valid + splits.test, 'checking recordings'):
-        with listing(splits.faults, u.where):
-            wave, rate = load_utterance(u)
-            u.duration = len(wave) / rate
-            resampled = resample(wave, rate, SAMPLE_RATE)
-            mels, _ = features(resampled)
-            u.frames = len(mels)
-            u.narrow = is_narrow(resampled)
-            u.sound = hashlib.sha256(wave.numpy()).hexdigest()
-            before = texts.setdefault(u.sound, u)
-            problems = recording_problems(wave, rate) | {
-                'narrow-band, as from a telephone: nothing above 4 kHz': u.narrow,
-                'of two channels that differ, of which the mean is taken': channels_differ(u.path),
-                'of the same sound as another': before is not u,
-                'of the same sound as another, and another text': before.text != u.text}
-            for problem, found in problems.items():
-                if found:
-                    splits.problems[problem].append(u.path.name)
-
-
-def hold_out(splits: Splits, seed: int) -> Splits:
-    """Move a tenth of training to validation: whole speakers where all are known, and ten or more,
-    but none who has more than a tenth of the utterances; else recordings, at random. Recordings of
-    the same sound stay together."""
-    train = splits.train
+def hold_out(train: list, seed: int) -> tuple[list, list]:
+    """Training without a tenth, and that tenth for validation: whole speakers where all are known,
+    and ten or more, but none who has more than a tenth of the utterances; else recordings, at
+    random. Recordings of the same sound stay together. Prints how many, and which of the two."""
+    choice = 'whole speakers'
     groups = [u.speaker for u in train]
     sizes = Counter(groups)
-    smaller = [speaker for speaker, size in sizes.items() if size <= len(train) / 10]
-    wanted, choice = ceil(len(sizes) / 10), 'whole speakers'
-    if len(smaller) < max(9, wanted) or '' in groups:
+    small = [speaker for speaker in sizes if sizes[speaker] <= len(train) / 10]
+    if len(small) < 9 or '' in groups:
+        choice = 'at random: not all speakers are known, or under ten have their share'
         groups = [u.path.stem for u in train]  # segments of one file stay together
         if len(set(groups)) == 1:
             groups = [u.where for u in train]  # but those of a single one
-        smaller = list(set(groups))
-        wanted = ceil(len(smaller) / 10)
-        choice = 'at random: not all speakers are known, or under ten have their share'
-    shuffled = default_rng(seed).permutation(sorted(smaller))
-    held_out = set(shuffled[:wanted])
+        small = sizes = set(groups)
+    shuffled = default_rng(seed).permutation(sorted(small))
+    held_out = set(shuffled[:ceil(len(sizes) / 10)])
     sounds = {u.sound for u, group in zip(train, groups) if group in held_out} - {''}
     parts = [], []
     for u, group in zip(train, groups):
         parts[group in held_out or u.sound in sounds].append(u)
-    note = f'held out for validation: {len(parts[1])} utterances, {choice}'
-    return splits._replace(train=parts[0], valid=parts[1], notes=[note])
+    print(f'held out for validation: {len(parts[1])} utterances, {choice}')
+    return parts
 
 
 def read_splits(
@@ -688,17 +616,21 @@ def read_splits(
     """The corpora for training, validation (None: held out from training; 'none') and test.
 
     If there are at most check_up_to utterances, every file is decoded, and its true duration taken.
-    Raises monitor.UserError where a corpus cannot be read at all.
+    Raises UserError where a corpus cannot be read at all.
     """
-    splits = Splits([], [], [], [], {}, defaultdict(list))
+    splits = Splits([], [], [], {}, defaultdict(list))
     sides = splits[:3]
     for side, name, path in zip(sides, splits._fields, (train, valid, test)):
         if path not in (None, 'none'):
             utterances, faults = read_corpus(path, name)
-            side.extend(utterances)
+            side += utterances
             splits.faults.update(faults)
-    if sum(map(len, sides)) <= check_up_to:
-        check_recordings(splits)
+    utterances, twins = sum(sides, []), {}
+    if len(utterances) <= check_up_to:
+        for u in progress(utterances, 'checking recordings'):
+            with listing(splits.faults, u.where):
+                for problem in check_recording(u, twins):
+                    splits.problems[problem].append(u.path.name)
     for u in splits.train:
         with listing(splits.faults, u.where):
             # The silence that features() puts round a clip does not count.
@@ -710,86 +642,90 @@ def read_splits(
     for side in sides:
         side[:] = [u for u in side if u.where not in splits.faults]
     if valid is None and len(splits.train) > 1:
-        return hold_out(splits, seed)
+        splits.train[:], splits.valid[:] = hold_out(splits.train, seed)
     return splits
 
 
 # ---- inspection ----------------------------------------------------------------------------------
 
-def channels_differ(path: Path) -> bool:
-    """Whether a recording's first channel is not nearly the mean of all, as of a person each."""
-    if soundfile.info(path).channels == 1:
-        return False
-    mean, _ = read_audio(path)
-    first, _ = read_audio(path, 1)
-    return bool((first - mean).square().sum() > 0.1 * mean.square().sum())
+def check_recording(u: Utterance, twins: dict) -> list:
+    """Decode a recording, note its true duration, frames, sound and whether it is narrow-band ->
+    what may be wrong with it.
 
-
-def recording_problems(wave: Tensor, rate: int) -> dict:
-    """Whether something is wrong with a recording (S,) that can be read -> {what: whether it is}.
-
-    Training and transcription tolerate silence and clicks, which are still worth checking.
+    twins: the first utterance of each sound. Raises what load_utterance raises. Training and
+    transcription tolerate silence and clicks, which are still worth checking.
     """
-    size = F.pad(wave.abs(), (1, 1))
-    loudest = size.max()
-    at_peak = size >= 0.9999 * loudest
-    three_in_a_row = at_peak.unfold(0, 3, 1).all(1)
-    mels = log_mels(F.pad(resample(wave, rate, SAMPLE_RATE), (WINDOW, WINDOW)))
-    return {
-        'near-silent, nowhere above -50 dB of full scale': loudest < 0.003,
-        'clipped, the peaks are flat': loudest > 0 and three_in_a_row.sum() >= 5,
+    wave, rate = load_utterance(u)
+    first, _ = load_utterance(u, channel=1)
+    at_16_khz = resample(wave, rate, SAMPLE_RATE)
+    u.duration = len(wave) / rate
+    u.frames = len(features(at_16_khz)[0])
+    u.narrow = is_narrow(at_16_khz)
+    u.sound = hashlib.sha256(wave.numpy()).hexdigest()
+    twin = twins.setdefault(u.sound, u)
+    size = wave.abs()
+    at_peak = size >= 0.9999 * size.max()
+    mels = log_mels(F.pad(at_16_khz, (WINDOW, WINDOW)))
+    problems = {
+        'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
+        'clipped, the peaks are flat':  # five times, three samples in a row
+            size.any() and at_peak.unfold(0, 3, 1).all(1).sum() >= 5,
         'digital silence for more than a fifth of it': (wave == 0).float().mean() > 0.2,
         'a click or a bang far louder than the voice': not mels.equal(repair_clicks(mels)),
+        'narrow-band, as from a telephone: nothing above 4 kHz': u.narrow,
+        'of two channels that differ, of which the mean is taken':  # as of a person on each
+            (first - wave).norm() > 0.3 * wave.norm(),
+        'of the same sound as another': twin is not u,
+        'of the same sound as another, and another text': twin.text != u.text,
     }
+    return [problem for problem, found in problems.items() if found]
 
 
-def describe_corpus(splits: Splits, frames_per_output: int,
-                    known: Sequence[str] = ('',)) -> dict:
+def describe_corpus(
+    splits: Splits,
+    frames_per_output: int,
+    known: Sequence = ('',),
+) -> dict:
     """Print what a corpus holds for training (at least one utterance) and validation -> what is to
     be remembered of it: alphabet (the known characters first), utterances, hours, narrow (whether
     some are narrow-band), plateaus (losses in nats per label of uniform and of constant output),
     and digest, by which a change of texts or durations is seen.
     """
-    train = splits.train
+    train, valid = splits.train, splits.valid
     alphabet = make_alphabet(train, known)
-    targets = [encode(u.text, alphabet) for u in train]
-
-    def plateaus(utterances, texts):
-        outputs = torch.tensor([ceil(u.frames / frames_per_output) for u in utterances])
-        return monitor.plateau_lines(texts, outputs, len(alphabet))
-
-    lines = plateaus(train, targets)
-    outputs = sum(u.frames for u in train) / frames_per_output
-    seconds = torch.tensor([u.duration for u in train], dtype=torch.float64)
-    text = ' '.join(u.text for u in train)
-    rare = [character for character, count in Counter(text).items() if count < 10]
-    known_words = set(monitor.words_of(text))
-    unseen = set(monitor.words_of(' '.join(u.text for u in splits.valid))) - known_words
-    sentences = {u.text for u in train}
-    outputs_a_label = outputs / sum(map(len, targets))
-    print(f'training    {len(train)} utterances, {seconds.sum() / 3600:.2f} hours, '
-          f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)')
-    print(f'seconds     median {seconds.median():.1f}, longest {seconds.max():.1f}')
-    print('alphabet   ', *map(repr, alphabet[1:]))
-    print('rare       ', ' '.join(map(repr, rare)) or 'none', '(met under ten times)')
-    print(f'outputs     {outputs_a_label:.1f} a label')
-    print('plateaus    {:.2f} (uniform), {:.2f} (constant) nats per label'.format(*lines))
-    print(f'validation  {len(splits.valid)} utterances, {len(unseen)} words not in training:',
-          *sorted(unseen))
-    print(f'repeated    {len(train) - len(sentences)} sentences within training, '
-          f'{sum(u.text in sentences for u in splits.valid)} of validation in training')
-    if outputs_a_label < 2:
-        print('that is fast speech: try a lower --frames_per_output')
-    lengths = [(u.duration, len(u.text)) for u in train]
-    for note in *splits.notes, punctuation_note(alphabet), *monitor.unrelated_lengths(lengths):
-        if note:
-            print(note)
-    known = [f'{u.text} {u.duration}' for u in train + splits.valid + splits.test]
-    return {'alphabet': alphabet, 'utterances': len(train), 'hours': seconds.sum().item() / 3600,
-            'narrow': any(u.narrow for u in train), 'plateaus': lines,
-            'valid_plateaus': plateaus(splits.valid, [encode(u.text, alphabet)
-                                                      for u in splits.valid]),
-            'digest': hashlib.sha256('\n'.join(known).encode()).hexdigest()}
+    plateaus = {}  # nats per label: of uniform, of constant output
+    for name, utterances in ('valid_plateaus', valid), ('plateaus', train):
+        outputs = [ceil(u.frames / frames_per_output) for u in utterances]
+        targets = [encode(u.text, alphabet) for u in utterances]
+        plateaus[name] = monitor.plateau_lines(targets, outputs, len(alphabet))
+    outputs_a_label = sum(outputs) / sum(map(len, targets))  # of training, which came last
+    seconds = [u.duration for u in train]
+    hours = sum(seconds) / 3600
+    texts = [u.text for u in train]
+    sentences = set(texts)
+    counts = dict(Counter(' '.join(texts)).most_common())
+    marks = [c for c in counts if c not in "-'" and unicodedata.category(c)[0] in 'PSN']
+    print(f'training    {len(train)} utterances, {hours:.2f} hours, '
+          f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)\n'
+          f'validation  {len(valid)} utterances\n'
+          f'repeated    {len(train) - len(sentences)} sentences within training, '
+          f'{sum(u.text in sentences for u in valid)} of validation in training\n'
+          f'seconds     median {np.median(seconds):.1f}, longest {max(seconds):.1f}\n'
+          f'characters  {counts}\n'
+          f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
+          'are; remove what is not said, and write numbers as they are said)\n'
+          f'outputs     {outputs_a_label:.1f} a label (under 2: fast speech, try a lower '
+          '--frames_per_output)',
+          *monitor.unrelated_lengths([*zip(seconds, map(len, texts))]), sep='\n')
+    known = [f'{u.text} {u.duration}' for u in train + valid + splits.test]
+    return {
+        'alphabet': alphabet,
+        'utterances': len(train),
+        'hours': hours,
+        'narrow': any(u.narrow for u in train),
+        'digest': hashlib.sha256('\n'.join(known).encode()).hexdigest(),
+        **plateaus,
+    }
 
 
 # ---- the built-in corpus: a source and a filter (Fant 1960), by rule (Klatt 1980) ----------------
@@ -818,34 +754,36 @@ WORDS = {
 }
 
 
-# A phone's duration; its formants F1 to F3; the levels of voice and of hiss; the hiss's centre and
-# width; a phone without hiss ends before it. Formants: Peterson & Barney 1952, table II, men; of
-# consonants Klatt 1980, table III (n's first is its nasal one). Levels, hiss and durations are our
-# own, by spectrogram and by what a recogniser of real speech made of them.
-#          ms    Hz    Hz    Hz   dB   dB  kHz  octaves
-PHONES = {
-    'iy': (110,  270, 2290, 3010,   0),
-    'uw': (140,  300,  870, 2240,   0),
-    'th': ( 90,  320, 1290, 2540, -99, -30,   6, 1.5),
-    'ih': ( 80,  390, 1990, 2550,   0),
-    'w':  ( 60,  290,  610, 2150,  -4),
-    's':  (105,  320, 1390, 2530, -99, -16,   6, 0.5),
-    'eh': (100,  530, 1840, 2480,   0),
-    'r':  ( 65,  310, 1060, 1380,  -4),
-    'z':  ( 75,  240, 1390, 2530, -10, -20,   6, 0.5),
-    'ah': ( 90,  640, 1190, 2390,   0),
-    'l':  ( 65,  310, 1050, 2880,  -4),
-    'p':  ( 30,  400, 1100, 2150, -99, -28,   1,   2),
-    'aa': (110,  730, 1090, 2440,   0),
-    'n':  ( 90,  270, 1340, 2470, -10),
-    't':  ( 35,  400, 1600, 2600, -99, -19, 4.5, 0.7),
-    'ao': (110,  570,  840, 2410,   0),
-    'f':  ( 95,  340, 1100, 2080, -99, -28,   6,   2),
-    'k':  ( 35,  300, 1990, 2850, -99, -19,   2, 0.4),
-    'uh': ( 80,  440, 1020, 2240,   0),
-    'v':  ( 55,  220, 1100, 2080, -10, -32,   6,   2),
-    'g':  ( 25,  200, 1990, 2850,  -8, -24,   2, 0.4),
-}
+# Formants: Peterson & Barney 1952, table II, men; of consonants Klatt 1980, table III (n's first is
+# its nasal one). Levels, hiss and durations are our own, by spectrogram and by what a recogniser of
+# real speech made of them. Rows that end early are of phones without hiss.
+#         ms    formants, Hz  voice hiss  centre  width
+#               F1   F2    F3   dB   dB   kHz  octaves
+TABLE = '''
+    iy   110  270 2290  3010    0
+    uw   140  300  870  2240    0
+    th    90  320 1290  2540  -99  -30     6     1.5
+    ih    80  390 1990  2550    0
+    w     60  290  610  2150   -4
+    s    105  320 1390  2530  -99  -16     6     0.5
+    eh   100  530 1840  2480    0
+    r     65  310 1060  1380   -4
+    z     75  240 1390  2530  -10  -20     6     0.5
+    ah    90  640 1190  2390    0
+    l     65  310 1050  2880   -4
+    p     30  400 1100  2150  -99  -28     1       2
+    aa   110  730 1090  2440    0
+    n     90  270 1340  2470  -10
+    t     35  400 1600  2600  -99  -19   4.5     0.7
+    ao   110  570  840  2410    0
+    f     95  340 1100  2080  -99  -28     6       2
+    k     35  300 1990  2850  -99  -19     2     0.4
+    uh    80  440 1020  2240    0
+    v     55  220 1100  2080  -10  -32     6       2
+    g     25  200 1990  2850   -8  -24     2     0.4
+'''
+PHONES = {name: np.array([*columns, -99, 4, 1][:8], float)
+          for name, *columns in map(str.split, TABLE.strip().split('\n'))}
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPECTRUM = {
     'n_fft': 512,
@@ -853,7 +791,6 @@ SPECTRUM = {
     'win_length': 256,
     'window': torch.hann_window(256),
 }
-HERTZ = torch.linspace(0, 8000, 257)[:, None]
 
 # Of each split: the first speaker, how many speakers, how many utterances.
 BUILTIN = {
@@ -863,46 +800,39 @@ BUILTIN = {
 }
 
 
-def plan_phones(
-    words: Sequence[str],
-    tract: float,
-    accent: dict,
-    tempo: float,
-    rng: Generator,
-) -> tuple[np.ndarray, list]:
+def plan_phones(words: list, tract: float, accent: dict, tempo: float, rng: Generator) -> tuple:
     """The phones of the words, with closures, fades and gaps, as n segments.
 
     tract, accent: factors of the hiss's centre and of each phone's formants; tempo: of the speed.
-    -> PHONES' columns of each segment (8, n), its duration in steps of 4 ms; and
-    [(word, the segment before its first, its last)].
+    -> PHONES' columns of each segment (8, n), its duration in steps of 4 ms; and [(word, the
+    segment before its first, its last)].
     """
     segments, spans = [], []
 
-    def add(phone, ms, quieter=(0, 0)):  # dB, for voice and hiss
-        steps = max(1, round(ms / 4))
-        levels = phone[4:6] - quieter
-        segments.append(np.r_[steps, phone[1:4], levels, phone[6:]])
+    def add(phone, ms, voice=0, hiss=0):  # dB less
+        segment = phone - [0, 0, 0, 0, voice, hiss, 0, 0]
+        segment[0] = max(1, round(ms / 4))
+        segments.append(segment)
 
-    for number, word in enumerate(words, 1):
+    for word in words:
         first = len(segments)
         for name in WORDS[word].split():
             formants = accent[name] * rng.normal(1, 0.05, 3)
-            phone = np.array([*PHONES[name], -99, 4, 1][:8])  # -99 dB: no hiss
-            phone = phone * np.r_[1, formants, 1, 1, tract, 1]
+            phone = PHONES[name] * np.r_[1, formants, 1, 1, tract, 1]
             ms, *_ = phone / tempo
             if name in 'ptkg':  # stops begin with a closure
-                add(phone, 55 / tempo * rng.uniform(0.7, 1.4), (17, 200))
+                add(phone, 55 / tempo * rng.uniform(0.7, 1.4), 17, 200)
             add(phone, ms * rng.uniform(0.7, 1.4))
         spans.append((word, first, len(segments)))
         chance = rng.random()
-        if chance < 0.6 or number == len(words):  # the voice dies away, then a gap
+        last = len(spans) == len(words)
+        if chance < 0.6 or last:  # the voice dies away, then a gap
             for fade in 10, 20, 30:
-                add(phone, 1 if name in 'ptkfsth' else 40, (fade, fade))
-            longest = 1500 if chance < 0.15 and number < len(words) else 300  # a quarter: pauses
-            add(phone, rng.uniform(30, longest), (200, 200))
-    add(segments[0], 4 * rng.integers(40, 100), (200, 200))
-    segments.insert(0, segments.pop())  # silence comes first
-    return np.array(segments).T, spans
+                add(phone, 1 if name in 'ptkfsth' else 40, fade, fade)
+            longest = 1500 if chance < 0.15 and not last else 300  # a quarter: pauses
+            add(phone, rng.uniform(30, longest), 200, 200)
+    add(segments[0], 4 * rng.integers(40, 100), 200, 200)
+    return np.array(segments[-1:] + segments[:-1]).T, spans
 
 
 def glide(values: np.ndarray, steps: np.ndarray, width: int) -> Tensor:
@@ -926,8 +856,8 @@ def make_source(pitch: float, steps: int, rng: Generator) -> Tensor:
     cosines = np.sin((2 * harmonics + 1) * half_phase) / np.sin(half_phase) - 1
     pulses = cosines / np.sqrt(2 * harmonics)
     noise = rng.standard_normal(samples)
-    waves = torch.tensor(np.array([pulses, noise])).float()
-    return torch.stft(waves, **SPECTRUM, return_complex=True)
+    waves = np.array([pulses, noise], 'float32')
+    return torch.stft(torch.tensor(waves), **SPECTRUM, return_complex=True)
 
 
 def unit_power(response: Tensor) -> Tensor:
@@ -935,7 +865,7 @@ def unit_power(response: Tensor) -> Tensor:
     return response / response.abs().square().mean(0).sqrt()
 
 
-def tube_response(tract: float, formants: Sequence[Tensor]) -> Tensor:
+def tube_response(tract: float, formants: list) -> Tensor:
     """The vocal tract's (257, n): a resonance for each formant, the fourth and above fixed."""
     response = torch.ones(257, 1)
     upper = tract * torch.arange(3500, 8000, 1000)
@@ -954,7 +884,7 @@ def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
     (the filter). Raises ValueError for another word.
     """
     words = text.split()
-    if not words or not set(words) <= set(WORDS):
+    if not set(words) <= set(WORDS):
         raise ValueError(f'{text!r}: the synthesiser says {", ".join(WORDS)}')
     # The voice: factors of its formants (a shorter tract has higher ones, and a higher pitch) and
     # of its speed, the level of its breath in dB, where its source's slope begins in Hz.
@@ -963,8 +893,7 @@ def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
     highest = [1.15, 1.1, -15, 2500]
     tract, tempo, breath, corner = rng.uniform(lowest, highest)
     pitch = 140 * tract ** 3 * rng.uniform(0.8, 1.25)
-    accents = tract * rng.normal(1, 0.06, (len(PHONES), 3))
-    accent = dict(zip(PHONES, accents))
+    accent = dict(zip(PHONES, tract * rng.normal(1, 0.06, (len(PHONES), 3))))
 
     rng = default_rng([0, speaker, zlib.crc32(text.encode())])
     planned, spans = plan_phones(words, tract, accent, tempo, rng)
@@ -997,37 +926,24 @@ def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
     return wave.numpy(), times
 
 
-def builtin_utterances(split: str) -> Iterator[tuple[str, str, int]]:
-    """The utterances of one part of the built-in corpus: file, text of one to six random words,
-    speaker."""
-    first_speaker, speakers, utterances = BUILTIN[split]
-    rng = default_rng(first_speaker)
-    for i in range(utterances):
-        text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
-        yield f'{split}/{i:04}.flac', text, first_speaker + i % speakers
-
-
 def speak_corpus(folder: Path) -> None:
-    """Speak the whole built-in corpus into a new folder. Raises OSError."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of many small operations, threads would wait for each other
-    for split in BUILTIN:
+    """Speak the built-in corpus into a new folder: texts of one to six random words. Raises
+    OSError."""
+    for split, (first_speaker, speakers, utterances) in BUILTIN.items():
+        rng = default_rng(first_speaker)
         (folder / split).mkdir(parents=True)
         with open(folder / f'{split}.jsonl', 'w') as manifest:
-            utterances = list(builtin_utterances(split))
-            for file, text, speaker in progress(utterances, f'speaking {split}'):
+            for i in progress(range(utterances), f'speaking {split}'):
+                path = f'{split}/{i:04}.flac'
+                text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
+                speaker = first_speaker + i % speakers
                 wave, _ = synthesise(text, speaker)
-                soundfile.write(folder / file, wave, SAMPLE_RATE)
-                row = {
-                    'path': file,
-                    'text': text,
-                    'speaker': f'{speaker}',
-                }
+                soundfile.write(folder / path, wave, SAMPLE_RATE)
+                row = {'path': path, 'text': text, 'speaker': speaker}
                 print(json.dumps(row), file=manifest)
-    torch.set_num_threads(threads)
 
 
-def builtin_corpus(folder: str = 'corpus') -> dict[str, str]:
+def builtin_corpus(folder: str = 'corpus') -> dict:
     """Speak the built-in corpus into a folder, once -> {'train': manifest, 'valid': ..., 'test':
     ...}.
 
@@ -1035,12 +951,14 @@ def builtin_corpus(folder: str = 'corpus') -> dict[str, str]:
     """
     if not os.path.exists(folder):
         print(f'speaking the built-in corpus into {folder}, once', flush=True)
-        with tempfile.TemporaryDirectory(prefix='unfinished.',
-                                         dir=Path(folder).parent) as unfinished:
-            spoken = Path(unfinished) / 'corpus'
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # of many small operations, threads would wait for each other
+        with tempfile.TemporaryDirectory(prefix='unfinished.', dir=Path(folder).parent) as parent:
+            spoken = Path(parent) / 'corpus'
             speak_corpus(spoken)
             with contextlib.suppress(OSError):  # another process may have been at it, and faster
                 spoken.rename(folder)
+        torch.set_num_threads(threads)
     return {split: f'{folder}/{split}.jsonl' for split in BUILTIN}
 
 
@@ -1059,12 +977,12 @@ def progress(items: Sequence, what: str) -> Iterator:
     for done, item in enumerate(items, 1):
         yield item
         if sys.stderr.isatty():
-            print(f'\r{what} {done}/{len(items)}\x1b[K', end='', file=sys.stderr, flush=True)
+            sys.stderr.write(f'\r{what} {done}/{len(items)}\x1b[K')
     monitor.clear_status()
 
 
 def inspect_corpus(path: str) -> None:
-    """Print what a corpus holds, and what is wrong with it. Raises monitor.UserError where training
+    """Print what a corpus holds, and what is wrong with it. Raises UserError where training
     would."""
     splits = read_splits(path, None, None, 0, FRAMES_PER_OUTPUT)
     if splits.train:
@@ -1073,29 +991,23 @@ def inspect_corpus(path: str) -> None:
         print(f'{len(names)} files {problem}: {" ".join(names)}')
     if splits.faults or not splits.valid:
         left = f'{len(splits.train)} left for training, {len(splits.valid)} to validate'
-        raise monitor.UserError('\n'.join([*splits.faults.values(), left]))
+        raise UserError('\n'.join([*splits.faults.values(), left]))
 
 
-def say(text: str, path: str) -> None:
-    """Speak words of WORDS into a file, and print when. Raises monitor.UserError."""
-    with monitor.error_at(path), whole_file(path) as part:
-        wave, spans = synthesise(normalise_text(text))
-        soundfile.write(part, wave, SAMPLE_RATE)
-    for word, start, end in spans:
-        print(f'{start:6.2f} {end:6.2f}  {word}')
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence | None = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
     parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder); '
                                      'with --say, the audio file to write')
     parser.add_argument('--say', metavar='TEXT', help='speak numbers and the like into the file')
     args = parser.parse_args(argv)
     with monitor.one_line_ends('data.py'):
-        if args.say:
-            say(args.say, args.path)
-        else:
-            inspect_corpus(args.path)
+        if not args.say:
+            return inspect_corpus(args.path)
+        with error_at(args.path):
+            wave, spans = synthesise(normalise_text(args.say))
+            soundfile.write(args.path, wave, SAMPLE_RATE)
+        for word, start, end in spans:
+            print(f'{start:6.2f} {end:6.2f}  {word}')
 
 
 if __name__ == '__main__':
