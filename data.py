@@ -13,9 +13,7 @@ perturbation); Lin et al. 2022 (utterance concatenation); Fant 1960 and Klatt 19
 corpus).
 """
 import argparse
-import contextlib
 import csv
-import functools
 import hashlib
 import json
 import os
@@ -26,6 +24,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, inf
@@ -463,8 +462,10 @@ def numbered_lines(path: Path) -> Iterator:
             yield f'{place}{number}', line.strip(' \r\n')
 
 
-def table_rows(path: Path, **form: object) -> Iterator:
-    """A CSV table with a header and a row a line, or one in another form."""
+def table_rows(path: Path) -> Iterator:
+    """A CSV or TSV table with a header, and a row a line. A TSV, as Common Voice has it, does not
+    quote."""
+    form = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if path.suffix == '.tsv' else {}
     (_, header), *lines = numbered_lines(path)
     for where, line in lines:
         yield where, *csv.DictReader([header, line], **form)
@@ -492,12 +493,12 @@ def sphinx_rows(path: Path) -> Iterator:
         yield where, {'audio': audio, 'text': text, 'speaker': Path(file).parent.name}
 
 
-# Of corpora, by how the files of their transcripts end: the reader. Common Voice does not quote.
+# Of corpora, by how the files of their transcripts end: the reader.
 FORMS = {
     '.jsonl': numbered_lines,
     '.json': numbered_lines,
     '.csv': table_rows,
-    '.tsv': functools.partial(table_rows, delimiter='\t', quoting=csv.QUOTE_NONE),
+    '.tsv': table_rows,
     '.txt': librispeech_rows,
     '.transcription': sphinx_rows,
 }
@@ -537,7 +538,7 @@ def make_utterance(row: dict | str, where: str) -> Utterance:
     return Utterance(path, text, duration, speaker, where, start if 'offset' in row else None)
 
 
-@contextlib.contextmanager
+@contextmanager
 def listing(faults: dict, where: str) -> Iterator[None]:
     """List what is wrong at a place, {where: message}, and go on."""
     try:
@@ -956,7 +957,7 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
         with tempfile.TemporaryDirectory(prefix='unfinished.', dir=Path(folder).parent) as parent:
             spoken = Path(parent) / 'corpus'
             speak_corpus(spoken)
-            with contextlib.suppress(OSError):  # another process may have been at it, and faster
+            with suppress(OSError):  # another process may have been at it, and faster
                 spoken.rename(folder)
         torch.set_num_threads(threads)
     return {split: f'{folder}/{split}.jsonl' for split in BUILTIN}
@@ -964,7 +965,7 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
 
 # ---- files, progress, and python data.py ---------------------------------------------------------
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Where to write a file that takes its name once it is whole. Raises UserError."""
     with error_at(path):
