@@ -23,7 +23,7 @@ References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani &
 (bootstrap).
 """
 import argparse
-import contextlib
+import csv
 import itertools
 import json
 import math
@@ -31,14 +31,13 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean as mean
-from statistics import correlation, stdev
+from statistics import correlation, fmean, stdev
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 
 PLATEAUS = ('uniform', 'constant')
 PHASES = {
@@ -53,7 +52,6 @@ PHASES = {
 }
 
 Lines = tuple[float, float]  # losses in nats per label: of a uniform and of a constant output
-Texts = Sequence[Sequence[int]]  # of each utterance its labels, without padding
 
 
 # ---- the two plateaus ----------------------------------------------------------------------------
@@ -66,8 +64,8 @@ def outputs_needed(symbols: Sequence) -> int:
     return len(symbols) + sum(a == b for a, b in zip(symbols, symbols[1:]))
 
 
-def plateau_lines(targets: Texts, lengths: Sequence[int],
-                  vocab_size: int, blank: int = 0) -> Lines:
+def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int], vocab_size: int,
+                  blank: int = 0) -> Lines:
     """The losses, in nats per label, of a uniform output and of the best constant one.
 
     targets: symbols by utterance; lengths: outputs by utterance. Both are F.ctc_loss's. In the
@@ -77,26 +75,25 @@ def plateau_lines(targets: Texts, lengths: Sequence[int],
 
     The labels' share q is known without a search. Of the n outputs of l labels, nearly all likely
     paths give one to each label; they have the probability q ** l * (1 - q) ** (n - l). Its
-    logarithm per label, averaged over utterances, is largest where q = 1 / mean(n / l). A search
-    gains under 0.3 % with six symbols or more, and a free distribution under 2 %.
+    logarithm per label, averaged over utterances, is largest where q = 1 / mean(n / l). With six
+    symbols or more, the best of all distributions has a loss that is at most 2 % lower.
     """
-    possible = [(list(map(int, target)), int(length)) for target, length in zip(targets, lengths)
+    possible = [(target, int(length)) for target, length in zip(targets, lengths)
                 if 0 < outputs_needed(target) <= length]
     possible = possible[::sum(length for _, length in possible) // 200_000 + 1]
     if not possible:
         return math.nan, math.nan
     texts, outputs = zip(*possible)
     labels = torch.tensor(list(itertools.chain(*texts)))
-    share = 1 / mean(length / len(text) for text, length in possible)
+    share = 1 / fmean(length / len(text) for text, length in possible)
     frequent = share * torch.bincount(labels, minlength=vocab_size) / len(labels)
     frequent[blank] = 1 - share
 
     def loss_of(distribution):
-        log_probs = distribution.clamp_min(1e-30).log()
-        return F.ctc_loss(log_probs.expand(max(outputs), len(texts), vocab_size), labels,
-                          torch.tensor(outputs), torch.tensor(list(map(len, texts))), blank).item()
+        log_probs = distribution.log().expand(max(outputs), len(texts), vocab_size)
+        return F.ctc_loss(log_probs, labels, outputs, tuple(map(len, texts)), blank).item()
 
-    uniform = loss_of(torch.full((vocab_size,), 1 / vocab_size))
+    uniform = loss_of(torch.ones(vocab_size) / vocab_size)
     return uniform, min(uniform, loss_of(frequent))
 
 
@@ -132,7 +129,7 @@ def plateaus_left(losses: Sequence[float], lines: Lines,
     """
     left = {'left_uniform': None, 'left_constant': None}
     for update in range(len(losses), window - 1, -1):  # backwards, so the earliest stays
-        phase = name_phase(mean(losses[update - window:update]), lines)
+        phase = name_phase(fmean(losses[update - window:update]), lines)
         if phase != 'uniform':
             left['left_uniform'] = update
         if phase not in PLATEAUS:
@@ -188,7 +185,7 @@ def edit_counts(reference: Sequence, hypothesis: Sequence) -> tuple[int, int, in
     for said in reference:
         before, row = row, [row[0] + error]
         for j, heard in enumerate(hypothesis):
-            same = before[j] if said == heard else before[j] + error + 1
+            same = before[j] + (said != heard) * (error + 1)
             row.append(min(same, before[j + 1] + error, row[j] + error))
     errors, substitutions = divmod(row[-1], error)
     longer = len(hypothesis) - len(reference)  # insertions less deletions
@@ -224,17 +221,17 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict:
     (S + I + D) / reference length; errors are pooled over all utterances. Words are those of
     words_of. A sentence is wrong if a word of it is. There must be a word to score.
     """
-    edits = torch.tensor([edit_counts(words_of(said), words_of(heard))
-                          for said, heard in zip(references, hypotheses)])    # (N, 4)
-    words = torch.tensor([len(words_of(said)) for said in references])
+    said = list(map(words_of, references))
+    edits = torch.tensor(list(map(edit_counts, said, map(words_of, hypotheses))))   # (N, 4)
+    words = list(map(len, said))
     errors, substitutions, insertions, deletions = edits.sum(0).tolist()
     character_errors = sum(edit_counts(*pair)[0] for pair in zip(references, hypotheses))
-    return {'wer': 100 * errors / int(words.sum()),
-            'interval': bootstrap_interval(edits[:, 0], words),
+    return {'wer': 100 * errors / sum(words),
+            'interval': bootstrap_interval(edits[:, 0], torch.tensor(words)),
             'cer': 100 * character_errors / sum(map(len, references)),
-            'ser': 100 * (edits[:, 0] > 0).double().mean().item(),
+            'ser': 100 * fmean(edits[:, 0] > 0),
             'substitutions': substitutions, 'insertions': insertions, 'deletions': deletions,
-            'words': int(words.sum()), 'utterances': len(references)}
+            'words': sum(words), 'utterances': len(references)}
 
 
 # ---- a batch of anybody's network ----------------------------------------------------------------
@@ -261,97 +258,85 @@ def read_batch(blank: int, *tensors: Tensor) -> tuple[list[str], list[Tensor]]:
     fault = wrong_shape(*batch)
     if fault:
         return [fault], batch
-    log_probs, (targets, *lengths) = batch[0], [x.long() for x in batch[1:]]
+    log_probs, *others = batch
+    targets, lengths, sizes = [x.long() for x in others]
     if targets.dim() == 2:
-        targets = targets[valid_frames(targets.shape[1], lengths[1])]
-    batch = [log_probs, targets, *lengths]
-    return [*check_symbols(*batch, blank), *check_outputs(*batch)], batch
-
-
-def sums_to_one(probabilities: Tensor, dim: int) -> bool:
-    """Whether nearly all do, as exactly as half precision has them."""
-    return bool(((probabilities.sum(dim) - 1).abs() < 0.07).float().mean() > 0.5)
+        targets = targets[valid_frames(targets.shape[1], sizes)]
+    return ([*wrong_labels(targets, sizes, log_probs.shape[2], blank),
+             *wrong_outputs(log_probs, targets, lengths, sizes)],
+            [log_probs, targets, lengths, sizes])
 
 
 def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
                 target_lengths: Tensor) -> str | None:
     """What is wrong with the arguments' shapes and kinds of numbers."""
-    batch, shape = target_lengths.numel(), tuple(log_probs.shape)
-    where = f'log_probs has the shape {shape} for {batch} target lengths'
     if any((x % 1).any() for x in (targets, input_lengths, target_lengths)):
         return ('targets or lengths are not whole numbers; where lengths are shares of the '
                 'longest, multiply them by its number of outputs, and round')
-    if len(shape) != 3 or 0 in shape:
-        return f'{where}, not (T, B, V); of one clip, take log_probs.unsqueeze(1)'
-    if shape[0] == batch and sums_to_one(log_probs.exp(), 1) > sums_to_one(log_probs.exp(), 2):
-        return f'{where}; that looks like (B, V, T), so take log_probs.permute(2, 0, 1)'
-    if shape[0] == batch != shape[1]:
-        return f'{where}; that looks like (B, T, V), so take log_probs.transpose(0, 1)'
-    if shape[1] != batch:
-        return (f'{where}; see which dimension is the batch, or whether parts of the batch are '
-                'joined along time, as DataParallel does: let the network return (B, T, V), and '
-                'transpose then')
-    if input_lengths.numel() != batch:
-        return (f'{input_lengths.numel()} input lengths and {batch} target lengths; give one of '
-                'each for every utterance')
+    batch, shape = target_lengths.numel(), tuple(log_probs.shape)
+    if len(shape) != 3 or shape[1] != batch:
+        return (f'log_probs has the shape {shape}, not (T, B, V), for {batch} target lengths; of '
+                '(B, T, V) take log_probs.transpose(0, 1), of (B, V, T) log_probs.permute(2, 0, 1),'
+                ' of one clip log_probs.unsqueeze(1); where parts of the batch are joined along '
+                'time, as DataParallel does, let the network return (B, T, V), and transpose then')
     longest = int(target_lengths.max())
     padded = targets.dim() == 2 and len(targets) == batch and targets.shape[1] >= longest
-    if not padded and targets.shape != (target_lengths.sum(),):
-        return (f'targets has the shape {tuple(targets.shape)} for {batch} utterances of up to '
-                f'{longest} labels; give (B, S), or all labels in one line')
+    if input_lengths.numel() != batch or not padded and targets.shape != (target_lengths.sum(),):
+        return (f'{input_lengths.numel()} input lengths and {batch} target lengths of up to '
+                f'{longest} labels come with targets of the shape {tuple(targets.shape)}; give one '
+                'of each for every utterance, and targets as (B, S), or all labels in one line')
     return None
 
 
-def check_symbols(log_probs: Tensor, labels: Tensor, input_lengths: Tensor,
-                  target_lengths: Tensor, blank: int) -> Iterator[str]:
-    """Targets that are not labels, or say nothing."""
-    last = log_probs.shape[2] - 1
-    if not 0 <= blank <= last:
-        yield f'blank is {blank}, and the symbols are 0 to {last}; give the one that the head has'
+def wrong_labels(labels: Tensor, sizes: Tensor, vocab_size: int, blank: int) -> Iterator[str]:
+    """Targets that are not labels, or say nothing; sizes of the texts (B,)."""
     for wrong, fault in (
-            ((labels < 0) | (labels > last),
-             f'labels are not between 0 and {last}; make the head as large as the alphabet and the '
-             'blank; if they are negative, padding is counted in target_lengths: give the lengths '
-             'of the texts without it'),
+            (labels != labels.clamp(0, vocab_size - 1),
+             f'labels are not between 0 and {vocab_size - 1}; make the head as large as the '
+             'alphabet and the blank; where they are negative, padding is counted in '
+             'target_lengths: give the lengths of the texts without it'),
             (labels == blank,
              f'labels are the blank, symbol {blank}; number the letters so that none has it, and '
              'leave padding out of target_lengths'),
-            (target_lengths == 0,
+            (sizes == 0,
              'texts have no label; see whether the loader drops letters that the alphabet lacks, '
              'or recordings have no transcript')):
         if wrong.any():
             yield f'{wrong.sum()} of {len(wrong)} {fault}'
-    if len(labels) > 3 and len(target_lengths) > 1 and len(labels.unique()) == 1:
+    if not 0 <= blank < vocab_size:
+        yield (f'blank is {blank}, and the symbols are 0 to {vocab_size - 1}; give the one that '
+               'the head has for it')
+    if len(labels) > 9 and len(labels.unique()) == 1:
         yield (f'all {len(labels)} labels are symbol {labels[0]}; see whether the loader drops, '
                'or takes for one, the letters that the alphabet lacks, as capitals')
 
 
-def check_outputs(log_probs: Tensor, labels: Tensor, input_lengths: Tensor,
-                  target_lengths: Tensor) -> Iterator[str]:
+def wrong_outputs(log_probs: Tensor, labels: Tensor, lengths: Tensor,
+                  sizes: Tensor) -> Iterator[str]:
     """Outputs that are not logarithms of probabilities, or as many as cannot be right."""
+    def sums_to_one(probabilities):  # nearly all of them, as exactly as half precision has them
+        return ((probabilities.sum(1) - 1).abs() < 0.07).float().mean() > 0.5
+
     frames = len(log_probs)
-    outputs = log_probs.transpose(0, 1)[valid_frames(frames, input_lengths)]       # (N, V)
+    outputs = log_probs.transpose(0, 1)[valid_frames(frames, lengths)]             # (N, V)
     if not (outputs < math.inf).all():
         yield 'log_probs holds NaN or infinity; look for the first layer whose output does'
-    elif sums_to_one(outputs, 1):
+    elif sums_to_one(outputs):
         yield 'log_probs holds probabilities, not their logarithms; use log_softmax for softmax'
-    elif len(outputs) and not sums_to_one(outputs.exp(), 1):
-        yield ('log_probs is not normalised over the symbols, as raw logits are not, nor what is '
-               'normalised over time or the batch, and a loss of it may be negative; take '
+    elif len(outputs) and not sums_to_one(outputs.exp()):
+        yield ('log_probs is not normalised over the symbols, as where it holds raw logits, or '
+               'where softmax is over time or the batch, and a loss of it may be negative; take '
                'log_softmax over the last dimension')
-    shortest, longest = int(input_lengths.min()), int(input_lengths.max())
-    texts = labels.split(target_lengths.tolist())
-    missing = torch.tensor(list(map(outputs_needed, texts))) - input_lengths
-    if longest > frames:
-        yield (f'input_lengths go up to {longest} where there are {frames} outputs; divide them '
-               "by the network's stride, as it does")
-    elif shortest < 1 or 2 * longest <= frames - 8:  # the longest clip fills most of a batch
-        yield (f'input_lengths are {shortest} to {longest} of {frames} outputs; no label can be in '
-               'the others, so see whether lengths are divided too often, or clips padded too far')
-    elif missing.max() > 0:
-        yield (f'{(missing > 0).sum()} of {len(texts)} utterances have fewer outputs than labels '
-               f'and repeats, by up to {missing.max()}, so their loss is infinite; make more '
-               'outputs a second, or leave them out')
+    shortest, longest = lengths.aminmax()
+    needed = torch.tensor(list(map(outputs_needed, labels.split(sizes.tolist()))))
+    if shortest < 1 or longest > frames or 2 * longest <= frames - 8:  # one clip is not padded
+        yield (f'input_lengths are {shortest} to {longest} of {frames} outputs; see whether they '
+               "are divided by the network's stride, and not too often, or clips are padded too "
+               'far')
+    elif (needed > lengths).any():
+        yield (f'{(needed > lengths).sum()} of {len(lengths)} utterances have fewer outputs than '
+               f'labels and repeats, by up to {(needed - lengths).max()}, so their loss is '
+               'infinite; make more outputs a second, or leave them out')
 
 
 def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blank: int) -> dict:
@@ -369,14 +354,14 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
     texts = labels.split(sizes.tolist())
     lines = plateau_lines(texts, lengths, log_probs.shape[2], blank)
     losses = F.ctc_loss(log_probs, labels, lengths, sizes, blank, reduction='none') / sizes
-    loss = losses.mean().item()
+    loss = fmean(losses)
     shared = log_probs[:lengths.min()]
     apart = (shared - shared[:, [sizes.argmin()]]).abs().amax(2)                   # (T, B)
     ends = (apart[-3:].amax(0) < 0.05 * apart.amax()).sum().item()
     return output_figures(log_probs.transpose(0, 1), lengths, blank) | {
         'loss': loss, 'lines': lines, 'phase': name_phase(loss, lines),
         'median': losses.quantile(0.5).item() / lines[1],
-        'far': (losses > lines[1]).float().mean().item(),
+        'far': fmean(losses > lines[1]),
         'lengths': torch.stack([lengths, sizes], 1).tolist(),
         'apart': apart.amax().item() if len(texts) > 1 else math.inf,
         'ends': ends if len(shared) == len(log_probs) else 0,
@@ -390,7 +375,7 @@ def judge(calls: Sequence[Mapping]) -> Iterator[str]:
     loss, (uniform, constant), phase = last['loss'], last['lines'], last['phase']
     where = (f'the loss is {loss:.2f} nats a label, that of a uniform output {uniform:.2f}, of the '
              f'best constant one {constant:.2f}')
-    wrong = [*judge_parts(calls), *judge_course(later)]
+    wrong = list(judge_watched(calls))
     if loss > (1.2 if later else 10) * uniform:
         yield f'diverged: {where}; lower the learning rate, clip gradients, and start again'
     elif wrong:
@@ -408,21 +393,22 @@ def judge(calls: Sequence[Mapping]) -> Iterator[str]:
         yield f'phase {phase}: {where}; {PHASES[phase]}'
 
 
-def judge_parts(calls: Sequence[Mapping]) -> Iterator[str]:
-    """What is wrong with the network, of what Watch has seen."""
-    last = calls[-1]
+def judge_watched(calls: Sequence[Mapping]) -> Iterator[str]:
+    """What is wrong, of what Watch has seen: with the network's parts, then, after its first call,
+    with outputs and transcripts."""
+    last, later = calls[-1], calls[1:]
     stuck = last['phase'] in PLATEAUS
     norms = last.get('gradients', {})
     faint = 1e-3 * max(norms.values(), default=0)
-    before = calls[-2]['weights'] if len(calls) > 1 else {}
+    before = calls[-2]['weights'] if later else {}
     unreached = [f'{part} ({norm:.0e})' for part, norm in norms.items()
-                 if norm == 0 or stuck and norm < faint < math.inf]  # GradScaler's may be infinite
+                 if norm == 0 or stuck and norm < faint < math.inf]  # GradScaler: inf
     unmoved = [part for part in norms if before.get(part) == last['weights'][part]]
     if unreached:
         yield (f'the gradient does not reach {", ".join(unreached)}; look above for detach(), '
-               'no_grad(), a dead layer or very small weights; if it did reach them at first, lower '
-               'the learning rate, and start again; see that Watch is called after backward() and '
-               'before zero_grad()')
+               'no_grad(), a dead layer or very small weights; if it did at first, lower the '
+               'learning rate, and start again; if no part has one, call Watch after backward() '
+               'and before zero_grad()')
     if unmoved:
         yield (f'the weights of {", ".join(unmoved)} have not changed since the last call; give '
                'their parameters to the optimizer, and see that it steps')
@@ -431,19 +417,15 @@ def judge_parts(calls: Sequence[Mapping]) -> Iterator[str]:
                'in the inputs of others; look for a reshape or view in place of a transpose, and '
                'for layers that take the batch for time (batch_first)')
     if not stuck and last.get('eval_loss', 0) > 1.5 * last['loss'] + 0.1:
-        yield (f'training and eval mode differ: the loss of this batch is {last["loss"]:.3f} and '
-               f"{last['eval_loss']:.3f}; batch norm's running statistics are not those of its "
-               'batches, so give them a larger momentum, or make more updates')
-
-
-def judge_course(later: Sequence[Mapping]) -> Iterator[str]:
-    """What is wrong with transcripts or outputs, of what Watch has seen after its first call."""
+        yield ('training and eval mode differ: the loss of this batch is {loss:.3f} and '
+               "{eval_loss:.3f}; batch norm's running statistics are not those of its batches, so "
+               'give them a larger momentum, or make more updates').format(**last)
     if len(later) > 1 and all(0.98 < call['spread'] < 1.001 for call in later[-2:]):
         yield ('no output has log-probabilities that differ by more than 1, as where softmax comes '
                'before log_softmax; take log_softmax of the logits alone')
     if len(later) < 4:
         return
-    far = mean(call['far'] for call in later)
+    far = fmean(call['far'] for call in later)
     if far > 0.1 and max(call['median'] for call in later) < 0.5:
         yield (f'{far:.0%} of the utterances are not learnt at all, the others are; see whether '
                'those transcripts belong to other recordings')
@@ -455,7 +437,7 @@ def unrelated_lengths(pairs: Sequence[tuple[float, float]]) -> Iterator[str]:
     """What is wrong where the lengths of recordings and of their transcripts hardly correlate;
     fewer than 64, or nearly equal ones, say nothing."""
     lengths = list(zip(*pairs))
-    if len(pairs) < 64 or any(stdev(own) < 0.1 * mean(own) for own in lengths):
+    if len(pairs) < 64 or any(stdev(own) < 0.1 * fmean(own) for own in lengths):
         return
     related = correlation(*lengths)
     if related < 0.25:
@@ -483,8 +465,9 @@ class Watch:
                  blank: int = 0, batch_first: bool = False):
         self.network = getattr(network, 'module', network)
         self.forward = forward or self.network
-        self.blank, self.batch_dim = blank, 0 if batch_first else 1
-        self.calls = []     # of the first and the last nine what was seen, in plain numbers
+        self.blank = blank
+        self.batch_dim = 0 if batch_first else 1
+        self.calls = []     # of the last ten what was seen, in plain numbers
         self.findings = []  # of the last, but for the phase
 
     def __call__(self, log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
@@ -494,9 +477,15 @@ class Watch:
         findings, batch = read_batch(self.blank, log_probs.movedim(self.batch_dim, 1), targets,
                                      input_lengths, target_lengths)
         if not findings:
-            call = look(*batch, self.blank) | self.look_at_parts()
-            call |= self.look_in_eval_mode(batch, sound, *others)
-            self.calls = [*self.calls[:1], *self.calls[1:][-8:], call]
+            children = list(self.network.named_children())
+            norms = gradient_norms(self.network)
+            call = look(*batch, self.blank) | self.look_in_eval_mode(batch, sound, *others) | {
+                'gradients': {name: float(norms.get(f'gradient.{name}', 0))
+                              for name, child in children
+                              if any(p.requires_grad for p in child.parameters())},
+                'weights': {name: sum(p.double().norm().item() for p in child.parameters())
+                            for name, child in children}}
+            self.calls = [*self.calls, call][-10:]
             findings = list(judge(self.calls))
         clear_status()
         for finding in findings:
@@ -504,27 +493,16 @@ class Watch:
         self.findings = [finding for finding in findings if not finding.startswith('phase')]
         return findings
 
-    def look_at_parts(self) -> dict:
-        """{name: norm of the gradient} of the network's children that learn, {name: sum of the
-        weights' norms} of all."""
-        children = dict(self.network.named_children())
-        norms = gradient_norms(self.network)
-        return {'gradients': {name: float(norms.get(f'gradient.{name}', 0))
-                              for name, child in children.items()
-                              if any(p.requires_grad for p in child.parameters())},
-                'weights': {name: sum(p.double().norm().item() for p in child.parameters())
-                            for name, child in children.items()}}
-
     def look_in_eval_mode(self, batch: Sequence[Tensor], sound: Tensor,
                           *others: object) -> dict:
         """The loss in eval mode, how far clips are apart then, and which share of the gradient of
         the first clip's outputs lies in the other clips' inputs: none, but where clips mix."""
         sound = sound.detach().float().requires_grad_()
         with in_eval_mode(self.network), torch.enable_grad():
-            log_probs = self.forward(sound.clone(), *others).movedim(self.batch_dim, 1)
-            log_probs = log_probs.float().cpu()                                    # (T, B, V)
-            # Of one symbol, as the sum over symbols has no gradient where all are equally likely.
-            heard = log_probs[:batch[2][0], 0, self.blank].sum() + 0 * sound.sum()
+            log_probs = self.forward(sound.clone(), *others).float().cpu()
+            log_probs = log_probs.movedim(self.batch_dim, 1)                       # (T, B, V)
+            # The blank's, as all symbols together have no gradient where they are equally likely.
+            heard = log_probs[:, 0, self.blank].sum() + 0 * sound.sum()
             gradient, = torch.autograd.grad(heard, sound)
         size = gradient.abs() / gradient.abs().sum()
         owns = [size.select(dim, 0).sum() for dim, n in enumerate(size.shape) if n == len(batch[2])]
@@ -533,7 +511,7 @@ class Watch:
                 'mixed': 1 - float(max(owns, default=1))}
 
 
-@contextlib.contextmanager
+@contextmanager
 def in_eval_mode(network: nn.Module) -> Iterator[None]:
     """A network in eval mode; then its mode, buffers and PyTorch's random numbers as they were."""
     modes = [(module, module.training) for module in network.modules()]
@@ -594,18 +572,20 @@ def read_run(folder: str | Path) -> dict:
     scored), results ({what was scored: error rates}; none of a run at work), sentences (of the
     split scored last, each {'file', 'said', 'heard', 'beam' (by beam search), 'path'}).
     """
-    folder = Path(folder)
+    def read(name):
+        return (Path(folder) / name).read_text(encoding='utf-8')
+
     with error_at(folder):
-        run = {'name': str(folder), 'config': json.loads((folder / 'config.json').read_text()),
-               'log': list(map(json.loads, (folder / 'log.jsonl').read_text().splitlines())),
+        run = {'name': str(folder), 'config': json.loads(read('config.json')),
+               'log': list(map(json.loads, read('log.jsonl').splitlines())),
                'results': {}, 'sentences': []}
-        if (folder / 'results.json').exists():
-            run['results'] = json.loads((folder / 'results.json').read_text())
+        if (Path(folder) / 'results.json').exists():
+            run['results'] = json.loads(read('results.json'))
         for split in 'valid', 'test':
             if split in run['results']:
-                text = (folder / f'{split}.tsv').read_text(encoding='utf-8')
-                names, *rows = [line.split('\t') for line in text.split('\n')[:-1]]
-                run['sentences'] = [dict(zip(names, row)) for row in rows]
+                rows = read(f'{split}.tsv').split('\n')
+                run['sentences'] = list(csv.DictReader(rows, delimiter='\t',
+                                                       quoting=csv.QUOTE_NONE))
     return run
 
 
@@ -636,12 +616,12 @@ def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
     yield ('phase: {phase}; the loss has come {way:.0%} of the way from the uniform to the '
            'constant line, the entropy is {entropy:.0%} of the largest, the sound decides '
            '{sound:.0%} of the output').format(way=way, **last)
-    for line in PLATEAUS:
-        yield f'left the {line} plateau at update: {last[f"left_{line}"] or "never"}'
+    yield ('update at which the uniform plateau was left: {left_uniform}, the constant one: '
+           '{left_constant} (None: not yet)').format(**last)
     if 'wer' in last:
         best = best_epoch([*config['start'], *log])
-        yield (f"best epoch {best['epoch']} of {len(log)}: WER {best['wer']:.2f} %, "
-               f"CER {best['cer']:.2f} %")
+        yield ('best epoch {epoch} of {}: WER {wer:.2f} %, CER {cer:.2f} %'
+               .format(len(log), **best))
     yield f'how to go on: {next_step(log, config)}'
 
 
@@ -714,22 +694,21 @@ def print_comparison(runs: Sequence[Mapping]) -> None:
             low, high = bootstrap_interval(means[name], words)
             spread = f'{stdev(wers):.2f}' if len(wers) > 1 else '    '
             print(*(f'{wer:6.2f}' for wer in wers),
-                  f'  {mean(wers):6.2f}  {spread}  {low:.1f} to {high:.1f}  {name}')
+                  f'  {fmean(wers):6.2f}  {spread}  {low:.1f} to {high:.1f}  {name}')
         if len(means) == 2:
-            (one, first), (two, second) = means.items()
-            low, high = bootstrap_interval(second - first, words)
-            verdict = 'no significant difference'
-            if low > 0 or high < 0:
-                verdict = f'{one if low > 0 else two} is better'
-            more = 100 * (second - first).sum() / words.sum()
-            print(f'paired bootstrap: {two} has {more:+.2f} points of WER '
-                  f'(95 %: {low:+.2f} to {high:+.2f}): {verdict}')
+            one, two = means
+            more = means[two] - means[one]
+            low, high = bootstrap_interval(more, words)
+            verdict = 'worse' if low > 0 else 'better' if high < 0 else 'not clearly different'
+            points = 100 * more.sum() / words.sum()
+            print(f'paired bootstrap: {two} has {points:+.2f} points of WER '
+                  f'(95 %: {low:+.2f} to {high:+.2f}): it is {verdict}')
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
 # Colours that colour-blind readers tell apart (Okabe & Ito 2008).
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'
 PHASE_COLOURS = {'uniform': '#999999', 'constant': '#E69F00', 'learning': '#56B4E9',
                  'learnt': '#009E73'}
 
@@ -748,15 +727,14 @@ def load_pyplot() -> object:
 
 def plot_runs(runs: Sequence[Mapping], path: str) -> None:
     """Draw runs on the same axes: losses, with phases as dots and both plateaus, WER, gradient
-    norms by part, and what each heard of the longest sentence. Raises OSError, ValueError."""
+    norms by part, and what each heard of a sentence. Raises OSError, ValueError."""
     if not all(run['log'] for run in runs):
         raise ValueError('a run has no epochs to draw')
     pyplot = load_pyplot()
-    panels = {'CTC loss, nats per label': ['valid_loss', 'train_loss'],
-              'validation WER, %': ['wer'],
-              'gradient norm, nats per label': [
-                  name for name in runs[0]['log'][0] if name.startswith('gradient.')]}
-    figure, (losses, *others) = pyplot.subplots(1, 3, figsize=(15, 5), layout='constrained')
+    panels = {'CTC loss, nats per label': 'loss', 'validation WER, %': 'wer',
+              'gradient norm, nats per label': 'gradient.'}
+    figure, all_axes = pyplot.subplots(1, 3, figsize=(15, 5), layout='constrained')
+    losses = all_axes[0]
     for phase, colour in PHASE_COLOURS.items():
         losses.scatter([], [], color=colour, label=f'phase: {phase}')
     for loss, name in zip(runs[0]['config']['plateaus'], PLATEAUS):
@@ -766,16 +744,17 @@ def plot_runs(runs: Sequence[Mapping], path: str) -> None:
         epochs = [record['epoch'] for record in run['log']]
         losses.scatter(epochs, list(map(judged_by, run['log'])), zorder=3,
                        color=[PHASE_COLOURS[record['phase']] for record in run['log']])
-        for axes, (label, keys) in zip([losses, *others], panels.items()):
+        for axes, (label, word) in zip(all_axes, panels.items()):
+            keys = [key for key in run['log'][0] if word in key]
             for key, style in zip(keys, ['-', '--', ':', '-.']):
-                values = [record.get(key, math.nan) for record in run['log']]
-                axes.plot(epochs, values, style, color=colour, label=f'{key}, {run["name"]}')
-            axes.set(xlabel='epoch', ylabel=label, yscale='linear' if 'wer' in keys else 'log')
+                axes.plot(epochs, [record[key] for record in run['log']], style, color=colour,
+                          label=f'{key}, {run["name"]}')
+                axes.legend(fontsize=7)
+            axes.set(xlabel='epoch', ylabel=label, yscale='linear' if word == 'wer' else 'log')
             axes.yaxis.set_major_formatter('{x:g}')
-            axes.legend(fontsize=7)
-        for longest in sorted(run['sentences'], key=lambda row: len(row['said']))[-1:]:
-            lines += [f'said   {longest["said"]}', f'heard  {longest["heard"]}  ({run["name"]})']
-    figure.suptitle('\n'.join(dict.fromkeys(lines)), family='monospace', x=0, ha='left')
+        for row in run['sentences'][:1]:
+            lines.append('said: {said}   heard: {heard}   ({name})'.format(**row, **run))
+    figure.suptitle('\n'.join(lines), x=0, ha='left')
     figure.savefig(path, dpi=120)
 
 
@@ -785,7 +764,7 @@ class UserError(Exception):
     """A user's input cannot be used; the message says where and why, in a line each."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def error_at(where: object) -> Iterator[None]:
     """Readers raise what Python raises; this turns it into a UserError: 'where: what and why'."""
     try:
@@ -799,7 +778,7 @@ def error_at(where: object) -> Iterator[None]:
         raise UserError(f'{where}: cannot be used ({reason})') from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def one_line_ends(program: str, go_on: str = '') -> Iterator[None]:
     """End a program in one line where its user's input cannot be used, or it is interrupted.
 
@@ -850,12 +829,11 @@ def typical_lines(outputs: float, labels: float, vocab_size: float, equal: bool)
     where the labels do not fit the outputs.
     """
     frequency = (1.0 if equal else 0.87) ** torch.arange(int(vocab_size) - 1)
-    texts = math.ceil(min(50, 1_000_000 / (outputs * labels)))
-    sizes = [int(labels + i / texts) for i in range(texts)]
+    sizes = [int(labels + i / 50) for i in range(50)]
     draws = torch.multinomial(frequency, sum(sizes), replacement=True,
                               generator=torch.Generator().manual_seed(0))
     targets = [text.tolist() for text in (draws + 1).split(sizes)]
-    lines = plateau_lines(targets, [outputs] * texts, int(vocab_size))
+    lines = plateau_lines(targets, [outputs] * 50, int(vocab_size))
     if math.isnan(lines[0]):
         raise ValueError(f'{labels:g} labels with their repeats do not fit {outputs:g} outputs')
     return lines
@@ -887,20 +865,19 @@ def print_lines(args: argparse.Namespace) -> None:
         lines = typical_lines(outputs, labels, vocab_size, args.equal)
     scale = args.sum_over * labels or 1  # labels that a loss is the sum of
     unit = f'summed over {args.sum_over} texts' if args.sum_over else 'a label'
-    alike = 'each other' if args.equal else 'the letters of English'
     uniform, constant = (scale * line for line in lines)
     print(f'{uniform:.2f} nats {unit}: every symbol equally likely, where training starts\n'
           f'{constant:.2f} nats {unit}: the best output that ignores the input; a loss that stays '
           f'near it has learnt nothing\nof {labels:g} labels in {outputs:g} outputs, '
-          f'{vocab_size:g} symbols with the blank, as frequent as {alike}')
+          f'{vocab_size:g} symbols with the blank')
     if args.losses:
         losses = [loss / scale for loss in read_losses(args.losses)]
         window = min(20, len(losses) // 10 + 1)
-        fraction = plateau_fraction(mean(losses[-window:]), lines)
+        fraction = plateau_fraction(fmean(losses[-window:]), lines)
         print(f'the last of {len(losses)} losses lies {fraction:.0%} of the way from the first '
               'line to the second')
-        for name, update in plateaus_left(losses, lines, window).items():
-            print(f'{name.replace("_", " the ")} plateau, at loss: {update or "never"}')
+        print('loss at which the uniform plateau was left: {left_uniform}, the constant one: '
+              '{left_constant} (None: not yet)'.format(**plateaus_left(losses, lines, window)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -911,7 +888,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add('run', nargs='*', help='run folder of train.py')
     add('--plot',
         help='draw the runs into a .png, .svg or .pdf file; needs matplotlib')
-    add('--lines', nargs=3, type=number(float, 1, 100_000), metavar=('T', 'L', 'V'),
+    add('--lines', nargs=3, type=number(float, 1, 10_000), metavar=('T', 'L', 'V'),
         help='the plateau lines of T outputs, L labels, V symbols with the blank')
     add('--equal', action='store_true',
         help='of symbols that are equally frequent, as in captchas and word pieces')
