@@ -270,21 +270,21 @@ def read_batch(blank: int, *tensors: Tensor) -> tuple[list[str], list[Tensor]]:
 def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
                 target_lengths: Tensor) -> str | None:
     """What is wrong with the arguments' shapes and kinds of numbers."""
-    if any((x % 1).any() for x in (targets, input_lengths, target_lengths)):
-        return ('targets or lengths are not whole numbers; where lengths are shares of the '
-                'longest, multiply them by its number of outputs, and round')
+    if any((x != x.long().abs()).any() for x in (input_lengths, target_lengths)):
+        return ('lengths are not whole numbers from 0; where they are shares of the longest, '
+                'multiply them by its number of outputs, and round')
     batch, shape = target_lengths.numel(), tuple(log_probs.shape)
     if len(shape) != 3 or shape[1] != batch:
         return (f'log_probs has the shape {shape}, not (T, B, V), for {batch} target lengths; of '
                 '(B, T, V) take log_probs.transpose(0, 1), of (B, V, T) log_probs.permute(2, 0, 1),'
                 ' of one clip log_probs.unsqueeze(1); where parts of the batch are joined along '
                 'time, as DataParallel does, let the network return (B, T, V), and transpose then')
-    longest = int(target_lengths.max())
+    longest = target_lengths.max()
     padded = targets.dim() == 2 and len(targets) == batch and targets.shape[1] >= longest
     if input_lengths.numel() != batch or not padded and targets.shape != (target_lengths.sum(),):
         return (f'{input_lengths.numel()} input lengths and {batch} target lengths of up to '
-                f'{longest} labels come with targets of the shape {tuple(targets.shape)}; give one '
-                'of each for every utterance, and targets as (B, S), or all labels in one line')
+                f'{longest:g} labels come with targets of the shape {tuple(targets.shape)}; give '
+                'one of each for every utterance, and targets as (B, S), or all labels in one line')
     return None
 
 
