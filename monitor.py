@@ -91,7 +91,7 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int], voca
 
     def loss_of(distribution):
         log_probs = distribution.log().expand(max(outputs), len(texts), vocab_size)
-        return F.ctc_loss(log_probs, labels, outputs, tuple(map(len, texts)), blank).item()
+        return float(F.ctc_loss(log_probs, labels, outputs, tuple(map(len, texts)), blank))
 
     uniform = loss_of(torch.ones(vocab_size) / vocab_size)
     return uniform, min(uniform, loss_of(frequent))
@@ -357,15 +357,15 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
     loss = fmean(losses)
     shared = log_probs[:lengths.min()]
     apart = (shared - shared[:, [sizes.argmin()]]).abs().amax(2)                   # (T, B)
-    ends = (apart[-3:].amax(0) < 0.05 * apart.amax()).sum().item()
+    ends = int((apart[-3:].amax(0) < 0.05 * apart.amax()).sum())
     return output_figures(log_probs.transpose(0, 1), lengths, blank) | {
         'loss': loss, 'lines': lines, 'phase': name_phase(loss, lines),
-        'median': losses.quantile(0.5).item() / lines[1],
+        'median': float(losses.quantile(0.5)) / lines[1],
         'far': fmean(losses > lines[1]),
         'lengths': torch.stack([lengths, sizes], 1).tolist(),
-        'apart': apart.amax().item() if len(texts) > 1 else math.inf,
+        'apart': float(apart.amax()) if len(texts) > 1 else math.inf,
         'ends': ends if len(shared) == len(log_probs) else 0,
-        'spread': (shared.amax(2) - shared.amin(2)).max().item()}
+        'spread': float((shared.amax(2) - shared.amin(2)).max())}
 
 
 def judge(calls: Sequence[Mapping]) -> Iterator[str]:
@@ -562,9 +562,6 @@ def print_scores(results: Mapping[str, Mapping]) -> None:
 
 # ---- reading and comparing runs ------------------------------------------------------------------
 
-NO_SETTINGS = ('run_dir', 'device', 'workers', 'threads', 'undo', 'only', 'seed')  # of the flags
-
-
 def read_run(folder: str | Path) -> dict:
     """What a run folder of train.py holds. Raises UserError.
 
@@ -611,8 +608,8 @@ def best_epoch(log: Sequence[Mapping]) -> Mapping:
 def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
     """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
     last = log[-1]
-    lines = config['valid_plateaus' if 'valid_loss' in last else 'plateaus']
-    way = plateau_fraction(judged_by(last), lines)
+    way = plateau_fraction(judged_by(last),
+                           config['valid_plateaus' if 'valid_loss' in last else 'plateaus'])
     yield ('phase: {phase}; the loss has come {way:.0%} of the way from the uniform to the '
            'constant line, the entropy is {entropy:.0%} of the largest, the sound decides '
            '{sound:.0%} of the output').format(way=way, **last)
@@ -677,8 +674,8 @@ def print_comparison(runs: Sequence[Mapping]) -> None:
             raise UserError(f'{run["name"]}: not finished, or other recordings were scored')
     words = torch.tensor([len(words_of(text)) for text in said])
     flags = [run['config']['flags'] for run in runs]
-    differ = [name for name in flags[0] if name not in NO_SETTINGS
-              and len({str(own.get(name)) for own in flags}) > 1]
+    differ = [name for name in flags[0] if len({str(own.get(name)) for own in flags}) > 1
+              and name not in ('run_dir', 'device', 'workers', 'threads', 'undo', 'only', 'seed')]
     names = [', '.join(f'{name} {own.get(name)}' for name in differ) for own in flags]
     if len(runs) == 2:
         names = [run['name'] for run in runs]
@@ -700,15 +697,13 @@ def print_comparison(runs: Sequence[Mapping]) -> None:
             more = means[two] - means[one]
             low, high = bootstrap_interval(more, words)
             verdict = 'worse' if low > 0 else 'better' if high < 0 else 'not clearly different'
-            points = 100 * more.sum() / words.sum()
-            print(f'paired bootstrap: {two} has {points:+.2f} points of WER '
-                  f'(95 %: {low:+.2f} to {high:+.2f}): it is {verdict}')
+            print(f'paired bootstrap: {two} has {100 * more.sum() / words.sum():+.2f} points of '
+                  f'WER (95 %: {low:+.2f} to {high:+.2f}): it is {verdict}')
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-# Colours that colour-blind readers tell apart (Okabe & Ito 2008).
-COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'
+# Colours that colour-blind readers tell apart (Okabe & Ito 2008), here and for runs.
 PHASE_COLOURS = {'uniform': '#999999', 'constant': '#E69F00', 'learning': '#56B4E9',
                  'learnt': '#009E73'}
 
@@ -727,7 +722,7 @@ def load_pyplot() -> object:
 
 def plot_runs(runs: Sequence[Mapping], path: str) -> None:
     """Draw runs on the same axes: losses, with phases as dots and both plateaus, WER, gradient
-    norms by part, and what each heard of a sentence. Raises OSError, ValueError."""
+    norms by part, and what each heard of the longest sentence. Raises OSError, ValueError."""
     if not all(run['log'] for run in runs):
         raise ValueError('a run has no epochs to draw')
     pyplot = load_pyplot()
@@ -740,7 +735,8 @@ def plot_runs(runs: Sequence[Mapping], path: str) -> None:
     for loss, name in zip(runs[0]['config']['plateaus'], PLATEAUS):
         losses.axhline(loss, color='0.5', linestyle=':', label=f'{name} output: {loss:.2f}')
     lines = []
-    for run, colour in zip(runs, itertools.cycle(COLOURS)):
+    for run, colour in zip(runs, itertools.cycle(
+            ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'])):
         epochs = [record['epoch'] for record in run['log']]
         losses.scatter(epochs, list(map(judged_by, run['log'])), zorder=3,
                        color=[PHASE_COLOURS[record['phase']] for record in run['log']])
@@ -752,8 +748,8 @@ def plot_runs(runs: Sequence[Mapping], path: str) -> None:
                 axes.legend(fontsize=7)
             axes.set(xlabel='epoch', ylabel=label, yscale='linear' if word == 'wer' else 'log')
             axes.yaxis.set_major_formatter('{x:g}')
-        for row in run['sentences'][:1]:
-            lines.append('said: {said}   heard: {heard}   ({name})'.format(**row, **run))
+        for longest in sorted(run['sentences'], key=lambda row: len(row['said']))[-1:]:
+            lines.append('said: {said}   heard: {heard}   ({name})'.format(**longest, **run))
     figure.suptitle('\n'.join(lines), x=0, ha='left')
     figure.savefig(path, dpi=120)
 

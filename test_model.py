@@ -757,7 +757,7 @@ def test_runs_are_drawn(tmp_path, monkeypatch):
     picture = tmp_path / 'p.svg'
     drawing = [fake_run(tmp_path / 'a $1 run'), fake_run(tmp_path / 'b'), '--plot', str(picture)]
     monitor.main(drawing)
-    for text in 'constant output', 'phase: learnt', 'gradient.head, ', 'a $1 run', 'go left':
+    for text in 'constant output', 'phase: learnt', 'gradient.head, ', 'a $1 run', 'go right now':
         assert text in picture.read_text()
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     assert 'pip install matplotlib' in exit_code(monitor.main, *drawing)
