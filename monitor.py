@@ -71,7 +71,7 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int], voca
     targets: symbols by utterance; lengths: outputs by utterance. Both are F.ctc_loss's. In the
     constant output, each label has its frequency in the texts as its part of the labels' share,
     and the blank the rest. Utterances count that have labels and enough outputs for them, taken at
-    equal steps where they have more than 200,000 outputs; nan where there are none.
+    equal steps where they have more than 200,000 outputs with padding; nan where there are none.
 
     The labels' share q is known without a search. Of the n outputs of l labels, nearly all likely
     paths give one to each label; they have the probability q ** l * (1 - q) ** (n - l). Its
@@ -80,9 +80,10 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int], voca
     """
     possible = [(target, int(length)) for target, length in zip(targets, lengths)
                 if 0 < outputs_needed(target) <= length]
-    possible = possible[::sum(length for _, length in possible) // 200_000 + 1]
     if not possible:
         return math.nan, math.nan
+    longest = max(length for _, length in possible)
+    possible = possible[::len(possible) * longest // 200_000 + 1]
     texts, outputs = zip(*possible)
     labels = torch.tensor(list(itertools.chain(*texts)))
     share = 1 / fmean(length / len(text) for text, length in possible)
@@ -90,7 +91,7 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int], voca
     frequent[blank] = 1 - share
 
     def loss_of(distribution):
-        log_probs = distribution.log().expand(max(outputs), len(texts), vocab_size)
+        log_probs = distribution.log().expand(longest, len(texts), vocab_size)
         return float(F.ctc_loss(log_probs, labels, outputs, tuple(map(len, texts)), blank))
 
     uniform = loss_of(torch.ones(vocab_size) / vocab_size)
@@ -262,7 +263,7 @@ def read_batch(blank: int, *tensors: Tensor) -> tuple[list[str], list[Tensor]]:
     targets, lengths, sizes = [x.long() for x in others]
     if targets.dim() == 2:
         targets = targets[valid_frames(targets.shape[1], sizes)]
-    return ([*wrong_labels(targets, sizes, log_probs.shape[2], blank),
+    return ([*wrong_labels(targets, sizes, log_probs.shape[2] - 1, blank),
              *wrong_outputs(log_probs, targets, lengths, sizes)],
             [log_probs, targets, lengths, sizes])
 
@@ -288,11 +289,12 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
     return None
 
 
-def wrong_labels(labels: Tensor, sizes: Tensor, vocab_size: int, blank: int) -> Iterator[str]:
-    """Targets that are not labels, or say nothing; sizes of the texts (B,)."""
+def wrong_labels(labels: Tensor, sizes: Tensor, last: int, blank: int) -> Iterator[str]:
+    """Targets that are not labels, or say nothing; sizes: of the texts (B,); last: the last symbol.
+    """
     for wrong, fault in (
-            (labels != labels.clamp(0, vocab_size - 1),
-             f'labels are not between 0 and {vocab_size - 1}; make the head as large as the '
+            (labels != labels.clamp(0, last),
+             f'labels are not between 0 and {last}; make the head as large as the '
              'alphabet and the blank; where they are negative, padding is counted in '
              'target_lengths: give the lengths of the texts without it'),
             (labels == blank,
@@ -303,8 +305,8 @@ def wrong_labels(labels: Tensor, sizes: Tensor, vocab_size: int, blank: int) -> 
              'or recordings have no transcript')):
         if wrong.any():
             yield f'{wrong.sum()} of {len(wrong)} {fault}'
-    if not 0 <= blank < vocab_size:
-        yield (f'blank is {blank}, and the symbols are 0 to {vocab_size - 1}; give the one that '
+    if not 0 <= blank <= last:
+        yield (f'blank is {blank}, and the symbols are 0 to {last}; give the one that '
                'the head has for it')
     if len(labels) > 9 and len(labels.unique()) == 1:
         yield (f'all {len(labels)} labels are symbol {labels[0]}; see whether the loader drops, '
