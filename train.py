@@ -290,7 +290,7 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
              batch_size: int = 16) -> tuple:
     """Score every utterance once, greedily and, where beam is not 0, by a beam search so wide.
 
-    -> the mean loss of the utterances that CTC can align, and a Row of each, in their order.
+    -> the mean loss of the utterances that CTC can align, and a Row of every one, in their order.
     """
     network, alphabet, _, language_model = checkpoint
     network.to(args.device).eval()
@@ -309,6 +309,7 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
                 spelled = model.beam_decode(clip, alphabet, language_model, beam)
             heard = data.decode(model.greedy_decode(clip), alphabet)
             path = data.show_path(clip.argmax(1).tolist(), alphabet)
+            # A tab or a line's end in a file's name would end a cell of the table.
             rows[i] = Row(' '.join(u.path.name.split()), u.text, heard, spelled, path)
     return mean(losses or [inf]), rows
 
@@ -362,7 +363,7 @@ def make_network(alphabet: list, start: Checkpoint | None, args: Namespace) -> m
 
 
 def prepare(splits: Splits, args: Namespace) -> Checkpoint:
-    """What a run is before it trains: its network, and as run what config.json keeps. What it
+    """What a run is before it trains: a checkpoint whose run is what config.json keeps. What it
     starts from is scored as epoch 0. Raises UserError."""
     known, start = {'alphabet': [''], 'start': []}, None
     if args.resume:
@@ -430,7 +431,7 @@ def epoch_loader(speech: Speech, epoch: int, args: Namespace) -> Sequence:
 
 def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) -> list:
     """Train on speech, validate, record, save and report, epoch by epoch, after the last whole one
-    -> the log.
+    -> the log, a record of each epoch.
 
     state.pt is all that an epoch hands on to the next, so a killed run ends with the weights of an
     uninterrupted one (of one process, on a CPU). It is written last: killed before that, the epoch
