@@ -1898,9 +1898,9 @@ def test_undoing_a_fix_changes_what_it_is_about(name):
 def test_fixes_are_taken_back(flags, undone):
     """By groups, one by one, or all but some; a flag that is given is heard."""
     args, today = map(train.parse_flags, (flags.split(), []))
-    for name, fix in train.FIXES.items():
-        expected = fix.before if name in undone else getattr(today, fix.setting)
-        assert getattr(args, fix.setting) == expected, name
+    for name, (setting, before, _) in train.FIXES.items():
+        expected = before if name in undone else getattr(today, setting)
+        assert getattr(args, setting) == expected, name
 
 
 @slow
@@ -2024,7 +2024,7 @@ def stop_after(epochs, monkeypatch):
     def stopping(*arguments):
         if next(done) == epochs:
             raise KeyboardInterrupt
-        train_epoch(*arguments)
+        return train_epoch(*arguments)
 
     monkeypatch.setattr(train, 'train_epoch', stopping)
 
@@ -2067,7 +2067,7 @@ def test_a_resumed_run_is_the_one_that_was_stopped(stopped):
     manifest.write_text(rows)
     (stopped / 'state.pt').write_bytes(b'x')
     assert f'{stopped / "state.pt"}: cannot be used' in exit_code(train.main, '--resume', stopped)
-    assert '--resume nowhere: cannot be used' in exit_code(train.main, '--resume=nowhere')
+    assert '--resume: nowhere: cannot be used' in exit_code(train.main, '--resume=nowhere')
 
 
 # ---- train: weights of another run, scoring, --overfit -------------------------------------------
@@ -2115,7 +2115,7 @@ def test_overfit_learns_by_heart_and_a_checkpoint_is_scored(by_heart, tmp_path):
 def test_overfit_says_what_was_not_learnt(phase, advice):
     record = {'cer': 6.6, 'phase': phase, 'updates': 350, 'epoch': 7}
     with pytest.raises(monitor.UserError, match=f'NOT LEARNT.*CER 6.6 %.*{advice}'):
-        train.report_overfit({'name': 'runs/it', 'log': [record]})
+        train.report_overfit(record, train.parse_flags(['--run_dir=runs/it']))
 
 
 # ---- train: two processes, and speed -------------------------------------------------------------
