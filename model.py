@@ -63,18 +63,18 @@ from monitor import UserError, error_at
 # convolutions and ReLU, the others 5 x 5 and hard swish. Strides in time are ours: an image is as
 # wide as it is high, speech is not.
 BLOCKS = [
-    # expanded channels, channels, squeeze-excite where Config has it, stride in time, in frequency
-    (16, 16, True, 1, 2),      # 20 ms, as the stem left it
-    (72, 24, False, 2, 2),     # 40 ms
-    (88, 24, False, 1, 1),
-    (96, 40, True, 2, 2),      # 80 ms
-    (240, 40, True, 1, 1),
-    (240, 40, True, 1, 1),
-    (120, 48, True, 1, 1),
-    (144, 48, True, 1, 1),
-    (288, 96, True, 1, 2),
-    (576, 96, True, 1, 1),
-    (576, 96, True, 1, 1),
+    # expanded channels, channels, stride in time, in frequency
+    (16, 16, 1, 2),      # 20 ms, as the stem left it
+    (72, 24, 2, 2),      # 40 ms
+    (88, 24, 1, 1),
+    (96, 40, 2, 2),      # 80 ms
+    (240, 40, 1, 1),
+    (240, 40, 1, 1),
+    (120, 48, 1, 1),
+    (144, 48, 1, 1),
+    (288, 96, 1, 2),
+    (576, 96, 1, 1),
+    (576, 96, 1, 1),
 ]
 EARLY_BLOCK = 3   # the last block at 40 ms; the early path leaves from its output
 DEEP_EVERY = 4    # training updates: the deep path takes part in one of them
@@ -114,18 +114,8 @@ def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
 def take_frames(x: Tensor, frames: Tensor) -> Tensor:
     """Of each clip of x (B, T, C) the frames (B, N) -> (B, N, C)."""
     rows = frames + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    # index_select copies whole rows, where gather picks single numbers: three times as fast.
-    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*frames.shape, -1)
-
-
-def reverse_time(x: Tensor, lengths: Tensor) -> Tensor:
-    """Reverse each clip of x (B, T, C) within its own length, and the padding within itself.
-
-    Done twice, it gives x again.
-    """
-    frames = x.shape[1]
-    t = torch.arange(frames, device=x.device)
-    return take_frames(x, (lengths[:, None] - 1 - t) % frames)
+    # An embedding copies whole rows, where gather picks single numbers: three times as fast.
+    return F.embedding(rows, x.flatten(0, 1))
 
 
 # ---- the backbone --------------------------------------------------------------------------------
@@ -152,16 +142,11 @@ class ConvNorm(nn.Sequential):
     Symmetric padding centres output i on input i * stride.
     """
 
-    def __init__(self, c_in, c_out, kernel=1, stride=1, groups=1, activation=nn.Identity):
+    def __init__(self, c_in, c_out, activation=nn.Identity, kernel=1, stride=1, groups=1):
         super().__init__(
             nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
             BatchNorm(c_out, eps=1e-3),
             activation())
-
-
-def strided_length(length: int | Tensor, stride: int) -> int | Tensor:
-    """ceil(length / stride) of whole numbers: what ConvNorm makes of a length."""
-    return (length + stride - 1) // stride
 
 
 class SqueezeExcite(nn.Module):
@@ -184,24 +169,29 @@ class SqueezeExcite(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """MobileNetV3's block: 1x1 expansion, depthwise k x k, squeeze-excite, 1x1 projection, identity
+    """A row of BLOCKS: 1x1 expansion, depthwise k x k, squeeze-excite, 1x1 projection, identity
     where it fits.
 
     x (B, C, T, F) and lengths (B,) -> the same, strided.
     """
 
-    def __init__(self, c_in, expanded, c_out, kernel, activation, stride, squeeze_excite):
+    def __init__(self, number, c_in, squeeze_excite):
         super().__init__()
+        expanded, c_out, *stride = BLOCKS[number - 1]
+        activation, kernel = (nn.ReLU, 3) if number <= EARLY_BLOCK else (nn.Hardswish, 5)
         self.time_stride, _ = stride
-        self.expand = (ConvNorm(c_in, expanded, activation=activation) if expanded != c_in
-                       else nn.Identity())
-        self.depthwise = ConvNorm(expanded, expanded, kernel, stride, expanded, activation)
-        self.squeeze_excite = SqueezeExcite(expanded) if squeeze_excite else None
+        self.expand = nn.Identity()
+        if expanded != c_in:
+            self.expand = ConvNorm(c_in, expanded, activation)
+        self.depthwise = ConvNorm(expanded, expanded, activation, kernel, stride, expanded)
+        self.squeeze_excite = None
+        if squeeze_excite and number not in (2, 3):  # which have none in the paper either
+            self.squeeze_excite = SqueezeExcite(expanded)
         self.project = ConvNorm(expanded, c_out)  # the block's, not Config.projection
 
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple:
         y = self.depthwise(zero_padding(self.expand(x), lengths))
-        lengths = strided_length(lengths, self.time_stride)
+        lengths = -(-lengths // self.time_stride)  # rounded up
         if self.squeeze_excite:
             y = self.squeeze_excite(y, lengths)
         y = self.project(y)
@@ -227,9 +217,9 @@ def upsample(x: Tensor, lengths: Tensor, stride: int, frames_per_output: int) ->
     delay = round((stride - 1) / 2 / frames_per_output)
     # Interpolation looks one frame ahead, where it must not find padding: a clip's last is held.
     held = torch.arange(x.shape[1] + 1, device=x.device).minimum(lengths[:, None] - 1)
-    x = take_frames(x, held).transpose(1, 2)                               # (B, C, T / stride + 1)
+    x = take_frames(x, held).mT                                            # (B, C, T / stride + 1)
     x = F.interpolate(x, scale_factor=stride // frames_per_output, mode='linear')
-    return x[:, :, delay:].transpose(1, 2)  # aligned: output t, sound t
+    return x[:, :, delay:].mT  # aligned: output t, sound t
 
 
 class BiLSTM(nn.Module):
@@ -245,9 +235,13 @@ class BiLSTM(nn.Module):
         self.backward_lstm = nn.LSTM(c_in, hidden, batch_first=True)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        backward, _ = self.backward_lstm(reverse_time(x, lengths))
+        frames = x.shape[1]
+        t = torch.arange(frames, device=x.device)
+        # Each clip's frames from its last to its first, then the padding's; twice, it is x again.
+        reverse = (lengths[:, None] - 1 - t) % frames
+        backward, _ = self.backward_lstm(take_frames(x, reverse))
         forward, _ = self.forward_lstm(x)
-        return torch.cat([forward, reverse_time(backward, lengths)], 2)
+        return torch.cat([forward, take_frames(backward, reverse)], 2)
 
 
 # ---- the recogniser ------------------------------------------------------------------------------
@@ -255,27 +249,27 @@ class BiLSTM(nn.Module):
 class Branch(nn.Module):
     """One path from the backbone to the outputs' grid: flatten, project, upsample.
 
-    x (B, C, T / stride, F) and lengths (B,) -> (B, outputs, projection).
+    x (B, C, T / stride, F) and lengths (B,) -> (B, T' or some more, projection).
     """
 
-    def __init__(self, size, stride, config):
+    def __init__(self, channels, stride, bands, config):
         super().__init__()
-        self.stride = stride  # mel frames per feature
-        self.frames_per_output = config.frames_per_output
-        self.projection = nn.Linear(size, config.projection)
-        self.transposed_conv = None
+        self.stride = stride  # mel frames per feature; bands: mel bands per feature
+        self.config = config
+        features = channels * math.ceil(config.n_mels / bands)
+        self.projection = nn.Linear(features, config.projection)
         if config.upsample == 'transpose':
             ratio = stride // config.frames_per_output
             self.transposed_conv = nn.ConvTranspose1d(config.projection, config.projection,
                                                       ratio, ratio)
 
-    def forward(self, x: Tensor, lengths: Tensor, outputs: int) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         x = self.projection(x.permute(0, 2, 3, 1).flatten(2))               # (B, T / stride, 256)
-        if self.transposed_conv:
-            x = self.transposed_conv(x.transpose(1, 2)).transpose(1, 2)
-        elif self.stride > self.frames_per_output:
-            x = upsample(x, lengths, self.stride, self.frames_per_output)
-        return x[:, :outputs]
+        if self.config.upsample == 'transpose':
+            return self.transposed_conv(x.mT).mT
+        if self.stride > self.config.frames_per_output:
+            x = upsample(x, lengths, self.stride, self.config.frames_per_output)
+        return x
 
 
 class Backbone(nn.Module):
@@ -290,30 +284,26 @@ class Backbone(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        channels, stride = 16, STEM_STRIDE
-        bands = strided_length(config.n_mels, STEM_STRIDE)
-        self.stem = ConvNorm(1, channels, 3, STEM_STRIDE, activation=nn.Hardswish)
+        channels = 16
+        frames = bands = STEM_STRIDE  # of the mels, that a feature stands for
+        self.stem = ConvNorm(1, channels, nn.Hardswish, 3, STEM_STRIDE)
         self.blocks = nn.ModuleList()
         self.last = nn.Identity()
         self.early = None
         for number, row in enumerate(BLOCKS[:config.blocks], 1):
-            expanded, c_out, squeeze_excite, time_stride, band_stride = row
-            kernel, activation = (3, nn.ReLU) if number <= EARLY_BLOCK else (5, nn.Hardswish)
-            self.blocks.append(Bottleneck(channels, expanded, c_out, kernel, activation,
-                                          (time_stride, band_stride),
-                                          squeeze_excite and config.squeeze_excite))
-            channels = c_out
-            stride *= time_stride
-            bands = strided_length(bands, band_stride)
+            self.blocks.append(Bottleneck(number, channels, config.squeeze_excite))
+            _, channels, time_stride, band_stride = row
+            frames *= time_stride
+            bands *= band_stride
             if number == EARLY_BLOCK < config.blocks and config.deep_path == 'gated':
-                self.early = Branch(channels * bands, stride, config)
+                self.early = Branch(channels, frames, bands, config)
                 # Of the deep path. If it started at 1, both paths would learn more slowly.
                 self.gate = nn.Parameter(torch.full((config.projection,), 0.1))
         if config.blocks == len(BLOCKS):
-            self.last = ConvNorm(channels, 576, activation=nn.Hardswish)
+            self.last = ConvNorm(channels, 576, nn.Hardswish)
             channels = 576
         # With three blocks or fewer, the only path:
-        self.deep = Branch(channels * bands, stride, config)
+        self.deep = Branch(channels, frames, bands, config)
 
     def output_lengths(self, lengths: int | Tensor) -> int | Tensor:
         """The number of outputs for clips of these many mel frames: ceil(T / frames_per_output).
@@ -324,22 +314,22 @@ class Backbone(nn.Module):
         grid = frames = self.config.frames_per_output
         if self.config.upsample == 'transpose':
             grid = (self.early or self.deep).stride
-        return strided_length(lengths, grid) * (grid // frames)
+        return -(-lengths // grid) * (grid // frames)
 
-    def forward(self, mels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, mels: Tensor, lengths: Tensor) -> tuple:
         outputs = self.output_lengths(mels.shape[2])
         output_lengths = self.output_lengths(lengths)
         x = mels.to(memory_format=torch.channels_last)
         x = self.stem(zero_padding(x, lengths))
-        lengths = strided_length(lengths, STEM_STRIDE)
+        lengths = -(-lengths // STEM_STRIDE)  # rounded up
         for number, block in enumerate(self.blocks, 1):
             x, lengths = block(x, lengths)
             if self.early and number == EARLY_BLOCK:
-                early = self.early(x, lengths, outputs)
+                early = self.early(x, lengths)[:, :outputs]
                 # The stem has just counted this batch: 1, 5, 9 ... take the deep path too.
                 if self.training and self.stem[1].num_batches_tracked % DEEP_EVERY != 1:
                     return early, output_lengths
-        deep = self.deep(self.last(x), lengths, outputs)
+        deep = self.deep(self.last(x), lengths)[:, :outputs]
         return (early + self.gate * deep if self.early else deep), output_lengths
 
 
