@@ -76,9 +76,7 @@ BLOCKS = [
     (576, 96, 1, 1),
     (576, 96, 1, 1),
 ]
-EARLY_BLOCK = 3   # the last block at 40 ms; the early path leaves from its output
-DEEP_EVERY = 4    # training updates: the deep path takes part in one of them
-STEM_STRIDE = 2   # in time and in frequency
+EARLY_BLOCK = 3  # the last block at 40 ms; the early path leaves from its output
 
 
 @dataclass
@@ -258,6 +256,7 @@ class Branch(nn.Module):
         self.config = config
         features = channels * math.ceil(config.n_mels / bands)
         self.projection = nn.Linear(features, config.projection)
+        self.transposed_conv = None
         if config.upsample == 'transpose':
             ratio = stride // config.frames_per_output
             self.transposed_conv = nn.ConvTranspose1d(config.projection, config.projection,
@@ -265,7 +264,7 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         x = self.projection(x.permute(0, 2, 3, 1).flatten(2))               # (B, T / stride, 256)
-        if self.config.upsample == 'transpose':
+        if self.transposed_conv:
             return self.transposed_conv(x.mT).mT
         if self.stride > self.config.frames_per_output:
             x = upsample(x, lengths, self.stride, self.config.frames_per_output)
@@ -285,8 +284,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         channels = 16
-        frames = bands = STEM_STRIDE  # of the mels, that a feature stands for
-        self.stem = ConvNorm(1, channels, nn.Hardswish, 3, STEM_STRIDE)
+        frames = bands = 2  # of the mels, that one feature stands for, behind the stem
+        self.stem = ConvNorm(1, channels, nn.Hardswish, 3, 2)
         self.blocks = nn.ModuleList()
         self.last = nn.Identity()
         self.early = None
@@ -321,13 +320,13 @@ class Backbone(nn.Module):
         output_lengths = self.output_lengths(lengths)
         x = mels.to(memory_format=torch.channels_last)
         x = self.stem(zero_padding(x, lengths))
-        lengths = -(-lengths // STEM_STRIDE)  # rounded up
+        lengths = -(-lengths // 2)  # rounded up
         for number, block in enumerate(self.blocks, 1):
             x, lengths = block(x, lengths)
             if self.early and number == EARLY_BLOCK:
                 early = self.early(x, lengths)[:, :outputs]
                 # The stem has just counted this batch: 1, 5, 9 ... take the deep path too.
-                if self.training and self.stem[1].num_batches_tracked % DEEP_EVERY != 1:
+                if self.training and self.stem[1].num_batches_tracked % 4 != 1:
                     return early, output_lengths
         deep = self.deep(self.last(x), lengths)[:, :outputs]
         return (early + self.gate * deep if self.early else deep), output_lengths
@@ -417,12 +416,12 @@ def init_weights(model: Recogniser) -> None:
 # "aa" needs the path a-a: without the blank, the two would merge. F.ctc_loss sums over all paths by
 # dynamic programming; test_ctc_loss_against_all_paths lists them instead, and finds the same loss.
 
-def collapse(path: Iterable[int]) -> list[int]:
+def collapse(path: Iterable) -> list:
     """Merge a path's repeats, then drop its blanks: [0, 1, 1, 0, 1, 2] -> [1, 1, 2]."""
     return [symbol for symbol, _ in itertools.groupby(path) if symbol]
 
 
-def greedy_decode(log_probs: Tensor) -> list[int]:
+def greedy_decode(log_probs: Tensor) -> list:
     """Collapse the path of each output's likeliest symbol (Graves et al. 2006, section 3.2).
 
     log_probs (T', V) of one clip, without padding -> its symbols.
@@ -454,7 +453,8 @@ def align(log_probs: Tensor, symbols: Tensor) -> Tensor:
     steps = []
     for outputs in log_probs:
         best, step = (score.unfold(0, 3, 1) + barred).max(1)
-        score = F.pad(best + outputs[states], (2, 0), value=-math.inf)
+        score[1] = -math.inf
+        score[2:] = best + outputs[states]
         steps.append(step.byte())
     # The best path ends in the last symbol, or in the blank behind it. From there back:
     state = len(states) - 2 + int(score[-2:].argmax())
@@ -472,7 +472,6 @@ BEAM = 16                  # texts kept
 # (results/README.md).
 LM_WEIGHT, LABEL_BONUS = 0.6, 1.5
 END = '\n'                 # of a sentence, for the character model
-UNHEARD = 1.2e-4           # probability below which a symbol is not tried
 MOST_CONTEXTS = 1_000_000  # of a character model that keeps what it met once
 
 class CharacterModel:
@@ -491,10 +490,10 @@ class CharacterModel:
     def __init__(self, counts: dict):
         self.counts = counts
         self.longest = max(map(len, counts))
-        self.cached_probability = functools.cache(self.probability)
+        self.cached = functools.cache(self.after_context)
 
     @classmethod
-    def of_texts(cls, texts: Iterable[str], order: int = 6) -> 'CharacterModel':
+    def of_texts(cls, texts: Iterable, order: int = 6) -> 'CharacterModel':
         """Count the n-grams of texts, the ends of sentences included.
 
         Of more than a million contexts, those that were met once are dropped.
@@ -511,39 +510,21 @@ class CharacterModel:
 
     def log_prob(self, text: str, character: str) -> float:
         """Of the character after the text, in nats."""
-        return math.log(self.cached_probability(text[-self.longest:], character))
+        return self.cached(text[-self.longest:], character)
 
-    def probability(self, context: str, character: str) -> float:
-        """Of the character after the context, by the formula above."""
-        if context not in self.counts:
-            return self.probability(context[1:], character)
-        following = self.counts[context]
-        kinds = len(following)
-        shorter = self.probability(context[1:], character) if context else 1 / (kinds + 1)
-        return (following.get(character, 0) + kinds * shorter) / (sum(following.values()) + kinds)
-
-
-def extend_beam(beam: dict, probabilities: list[float], alphabet: list[str]) -> tuple:
-    """What the texts of a beam become with one output more: the same ones, and longer ones.
-
-    -> the probability of each text's paths that end in a blank, and of those that end in its last
-    symbol: only after a blank does the same symbol begin anew.
-    """
-    heard = [(c, p) for c, p in zip(alphabet, probabilities) if c and p > UNHEARD]
-    blank, symbol = Counter(), Counter()
-    for text, (ends_blank, ends_symbol) in beam.items():
-        total = ends_blank + ends_symbol
-        blank[text] = probabilities[0] * total
-        for character, p in heard:
-            if character == text[-1:]:
-                symbol[text] += p * ends_symbol
-                symbol[text + character] += p * ends_blank
-            else:
-                symbol[text + character] += p * total
-    return blank, symbol
+    def after_context(self, context: str, character: str) -> float:
+        """log_prob by the formula above, from the empty context to the whole one."""
+        probability = 1 / (len(self.counts['']) + 1)
+        for start in range(len(context), -1, -1):
+            following = self.counts.get(context[start:])
+            if following:
+                kinds = len(following)
+                probability = ((following.get(character, 0) + kinds * probability)
+                               / (sum(following.values()) + kinds))
+        return math.log(probability)
 
 
-def beam_decode(log_probs: Tensor, alphabet: list[str], language_model: CharacterModel,
+def beam_decode(log_probs: Tensor, alphabet: list, language_model: CharacterModel,
                 width: int = BEAM) -> str:
     """The text of the highest score, by prefix beam search (Hannun et al. 2014, algorithm 1).
 
@@ -554,15 +535,28 @@ def beam_decode(log_probs: Tensor, alphabet: list[str], language_model: Characte
     def score(text):
         return math.log(total[text]) + prior[text]
 
+    # Of each text the probability of its paths that end in a blank, and of those that end in its
+    # last symbol: only after a blank does the same symbol begin anew.
     beam = {'': (1.0, 0.0)}
     prior = {'': 0.0}   # of a text: what is added to the logarithm of its paths' probability
     for probabilities in log_probs.exp().tolist():
-        blank, symbol = extend_beam(beam, probabilities, alphabet)
+        # Symbols less likely than that are not tried; the blank is no character.
+        heard = [(c, p) for c, p in zip(alphabet, probabilities) if c and p > 1.2e-4]
+        blank, symbol = Counter(), Counter()
+        for text, (ends_blank, ends_symbol) in beam.items():
+            either = ends_blank + ends_symbol
+            blank[text] = probabilities[0] * either
+            for character, p in heard:
+                longer = text + character
+                if longer not in prior:
+                    prior[longer] = (prior[text] + LABEL_BONUS
+                                     + LM_WEIGHT * language_model.log_prob(text, character))
+                if character == text[-1:]:
+                    symbol[text] += p * ends_symbol
+                    symbol[longer] += p * ends_blank
+                else:
+                    symbol[longer] += p * either
         total = blank + symbol   # Counters leave out what has probability 0
-        for text in total.keys() - prior.keys():
-            begun = text[:-1]
-            prior[text] = (prior[begun] + LABEL_BONUS
-                           + LM_WEIGHT * language_model.log_prob(begun, text[-1]))
         best = sorted(total, key=score, reverse=True)[:width]
         prior = {text: prior[text] for text in best}
         scale = total[best[0]]  # or they would fade to zero
@@ -572,14 +566,8 @@ def beam_decode(log_probs: Tensor, alphabet: list[str], language_model: Characte
 
 # ---- words and their times -----------------------------------------------------------------------
 
-# Chosen with five checkpoints, on voices of the built-in corpus that are in none of its splits.
-MAX_ONSET = 30         # frames of 10 ms that a word may last before its first output
-SILENCE_LEVEL = -0.4   # mean normalised log-mel of a frame: below, no word has begun
-RELEASE = 5            # frames that a word lasts after its last output
-GAP_SHARE = 0.3        # of the gap between two words that would overlap: the first one's
-HOLE = 40              # frames without a letter that no word has
-
-class Word(NamedTuple):
+@dataclass
+class Word:
     """A word, when it was said, in seconds from the clip's start, and how sure that is.
 
     confidence: the geometric mean of its characters' probabilities in the outputs that emit them;
@@ -591,40 +579,53 @@ class Word(NamedTuple):
     confidence: float
 
 
-def timed_words(transcript: 'Transcript', checkpoint: 'Checkpoint') -> list[Word]:
-    """The words of a transcript, with their times in the clip.
+@dataclass
+class Transcript:
+    """What was heard in a clip, and what it was read from."""
+    text: str
+    mels: Tensor       # (T, 80)
+    start: float       # of their first frame in the clip, seconds
+    log_probs: Tensor  # (T', V)
+    alphabet: list
+    frames_per_output: int
 
-    CTC outputs are peaks inside a character (Zeyer et al. 2021), so a word's outputs span less time
-    than its sound. Its start moves back to where the sound sets in, its end RELEASE frames on;
-    words that would overlap split the gap between their outputs.
-    """
-    def seconds(frame):
-        return max(0.0, begin + frame * data.FRAME_SECONDS)
+    @functools.cached_property
+    def words(self) -> list:
+        """Its words, with their times in the clip, sought when they are first asked for.
 
-    text, _, mels, begin, log_probs = transcript
-    frames_per_output = checkpoint.network.config.frames_per_output
-    loudness = mels.mean(1).tolist()
-    symbols = torch.tensor(data.encode(text, checkpoint.alphabet))
-    path = align(log_probs, symbols)
-    words = []
-    before = 0  # where the outputs of the word before end
-    for match in monitor.WORD.finditer(text):
-        outputs = ((path >= match.start()) & (path < match.end())).nonzero()[:, 0]
-        emitted = log_probs[outputs, symbols[path[outputs]]]
-        # Letters on both sides of a silence are no word: the side with most outputs is.
-        side = (outputs.diff(prepend=outputs[:1]) >= HOLE // frames_per_output).cumsum(0)
-        outputs = outputs[side == side.mode().values]
-        first, end = (outputs[[0, -1]] * frames_per_output).tolist()
-        first = onset = min(first, len(mels))
-        while onset > max(before, first - MAX_ONSET) and loudness[onset - 1] > SILENCE_LEVEL:
-            onset -= 1
-        if words and words[-1].end > seconds(onset):
-            onset = round(before + GAP_SHARE * (first - before))
-            words[-1] = words[-1]._replace(end=seconds(onset))
-        before = end + frames_per_output
-        words.append(Word(match.group(), seconds(onset),
-                          seconds(min(before + RELEASE, len(mels))), emitted.mean().exp().item()))
-    return words
+        CTC outputs are peaks inside a character (Zeyer et al. 2021), so a word's outputs span less
+        time than its sound. Its start moves back to where the sound sets in, its end 50 ms on;
+        words that would overlap split the gap between their outputs. The numbers were chosen with
+        five checkpoints, on voices of the built-in corpus that are in none of its splits. Raises
+        ValueError where the clip is too long to be aligned.
+        """
+        def seconds(frame):
+            return max(0.0, self.start + frame * data.FRAME_SECONDS)
+
+        frames = len(self.mels)
+        loudness = self.mels.mean(1).tolist()
+        symbols = torch.tensor(data.encode(self.text, self.alphabet))
+        path = align(self.log_probs, symbols)
+        words = []
+        before = 0  # where the outputs of the word before end
+        for match in monitor.WORD.finditer(self.text):
+            outputs = torch.isin(path, torch.arange(*match.span())).nonzero()[:, 0]
+            emitted = self.log_probs[outputs, symbols[path[outputs]]]
+            # Letters on both sides of 400 ms without any are no word: the side with most is.
+            side = (outputs.diff(prepend=outputs[:1]) >= 40 // self.frames_per_output).cumsum(0)
+            outputs = outputs[side == side.mode().values]
+            first, end = (outputs[[0, -1]] * self.frames_per_output).tolist()
+            first = onset = min(first, frames)
+            # Back through all that is loud, in mean normalised log-mel, 300 ms at most.
+            while onset > max(before, first - 30) and loudness[onset - 1] > -0.4:
+                onset -= 1
+            if words and words[-1].end > seconds(onset):
+                onset = round(before + 0.3 * (first - before))  # less of the gap is the first's
+                words[-1].end = seconds(onset)
+            before = end + self.frames_per_output
+            words.append(Word(match.group(), seconds(onset), seconds(min(before + 5, frames)),
+                              emitted.mean().exp().item()))
+        return words
 
 
 # ---- checkpoints and transcripts -----------------------------------------------------------------
@@ -635,18 +636,9 @@ FORMAT = 4  # of checkpoints
 class Checkpoint(NamedTuple):
     """What a checkpoint of train.py holds."""
     network: Recogniser             # in eval mode
-    alphabet: list[str]             # of symbols; the first is the blank
+    alphabet: list                  # the characters of its symbols; the first is the blank
     run: dict                       # what is known of its training
     language_model: CharacterModel  # of the training transcripts
-
-
-class Transcript(NamedTuple):
-    """What was heard in a clip, and what it was read from."""
-    text: str
-    words: list[Word]
-    mels: Tensor       # (T, 80)
-    start: float       # of their first frame in the clip, seconds
-    log_probs: Tensor  # (T', V)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -662,13 +654,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 @torch.no_grad()
-def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0,
-               times: bool = True) -> Transcript:
+def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0) -> Transcript:
     """What is heard in a wave (S,) at 16 kHz, as data.read_wave gives it.
 
-    beam: the width of the beam search, 0: greedy. times: with its words, whose alignment takes
-    memory that grows with the square of the clip's length; raises ValueError where that is too
-    much.
+    beam: the width of the beam search, 0: greedy. Its words are found when they are asked for, by
+    an alignment that takes memory which grows with the square of the clip's length.
     """
     network, alphabet, _, language_model = checkpoint
     mels, first_frame = data.features(wave)
@@ -676,10 +666,8 @@ def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0,
     text = data.decode(greedy_decode(log_probs), alphabet)
     if beam:
         text = beam_decode(log_probs, alphabet, language_model, beam)
-    transcript = Transcript(text, [], mels, first_frame * data.FRAME_SECONDS, log_probs)
-    if times:
-        transcript.words.extend(timed_words(transcript, checkpoint))
-    return transcript
+    return Transcript(text, mels, first_frame * data.FRAME_SECONDS, log_probs, alphabet,
+                      network.config.frames_per_output)
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> None:
@@ -688,42 +676,40 @@ def describe_checkpoint(checkpoint: Checkpoint) -> None:
     parameters = sum(map(torch.numel, network.parameters()))
     print(network.config)
     print(f'{parameters:,} parameters; alphabet: {"".join(alphabet)!r}')
-    print(f'trained on {run["flags"]["train_data"] or "the built-in corpus"}, '
-          f'{run["utterances"]} utterances, {run["hours"]:.2f} hours, {run["epoch"]} epochs')
+    print('trained on', run['flags']['train_data'] or 'the built-in corpus', end=', ')
+    print('{utterances} utterances, {hours:.2f} hours, {epoch} epochs'.format(**run))
     monitor.print_scores(run['scores'])
 
 
-def plot_clip(transcript: Transcript, checkpoint: Checkpoint, path: str) -> None:
+def plot_clip(heard: Transcript, path: str) -> None:
     """Draw a clip's log-mels and words, and the outputs' probabilities, over time.
 
     Raises UserError where matplotlib is missing, and what savefig raises.
     """
     pyplot = monitor.load_pyplot()
-    _, words, mels, begin, log_probs = transcript
-    probabilities = log_probs.exp()                                               # (T', V)
-    step = checkpoint.network.config.frames_per_output * data.FRAME_SECONDS       # of outputs
-    times = begin + step * (torch.arange(len(probabilities)) + 0.5)
+    probabilities = heard.log_probs.exp()                                         # (T', V)
+    outputs = torch.arange(len(probabilities)) + 0.5
+    times = heard.start + outputs * heard.frames_per_output * data.FRAME_SECONDS
+    end = heard.start + len(heard.mels) * data.FRAME_SECONDS
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(10, 4.5),
                                              layout='constrained')
-    above.imshow(mels.T.numpy(), origin='lower', aspect='auto',
-                 extent=(begin, begin + len(mels) * data.FRAME_SECONDS, 0, data.N_MELS))
+    above.imshow(heard.mels.T, origin='lower', aspect='auto',
+                 extent=(heard.start, end, 0, data.N_MELS))
     above.set_ylabel('mel band')
-    for word in words:
+    for word in heard.words:
         above.text(word.start, data.N_MELS + 2, word.text)
-        above.axvspan(word.start, word.end, ymin=0.97, facecolor='white', edgecolor='black')
+        above.axvspan(word.start, word.end, 0.97, facecolor='white', edgecolor='black')
     below.fill_between(times, probabilities[:, 0], color='0.85')
     below.plot(times, probabilities[:, 1:])
-    symbols = probabilities.argmax(1).tolist()
-    for time, symbol, before in zip(times, symbols, [0] + symbols):
-        if symbol not in (0, before):
-            below.text(time, 1.03, data.show_path([symbol], checkpoint.alphabet), ha='center')
-    below.set(ylim=(0, 1.15), ylabel='probability (grey: blank)', xlabel='seconds')
+    for time, character in zip(times, data.show_path(probabilities.argmax(1), heard.alphabet)):
+        below.text(time, 1.07, character, ha='center')
+    below.set(ylabel='probability (grey: blank)', xlabel='seconds')
     figure.savefig(path, dpi=120)
 
 
 # ---- python model.py -----------------------------------------------------------------------------
 
-def read_character_model(path: str, alphabet: list[str]) -> CharacterModel:
+def read_character_model(path: str, alphabet: list) -> CharacterModel:
     """The character model of a text file, a sentence a line. Raises UserError.
 
     Characters that the alphabet lacks become spaces.
@@ -732,8 +718,9 @@ def read_character_model(path: str, alphabet: list[str]) -> CharacterModel:
         texts = []
         for line in Path(path).read_text(encoding='utf-8').splitlines():
             known = [c if c in alphabet else ' ' for c in data.normalise_text(line)]
-            texts.append(data.normalise_text(''.join(known)))
-        texts = list(filter(None, texts))
+            words = ''.join(known).split()
+            if words:
+                texts.append(' '.join(words))
         if not texts:
             raise ValueError('it holds nothing in the characters of the training transcripts')
     return CharacterModel.of_texts(data.progress(texts, 'counting sentence'))
@@ -744,21 +731,21 @@ NARROW = ('nothing above 4 kHz, as from a telephone, and the model was trained o
 
 
 def transcribe_clip(clip: str, checkpoint: Checkpoint, args: Namespace) -> None:
-    """Print, and draw, what the flags ask for of a clip. Raises UserError."""
+    """Print, and draw, what the flags ask for of a clip. Raises UserError, ValueError."""
     wave = data.read_wave(clip, args.channel)
     if data.is_narrow(wave) and not checkpoint.run['narrow']:
         print(f'{clip}: {NARROW}', file=sys.stderr)
-    transcript = transcribe(checkpoint, wave, args.beam, args.times or args.plot)
-    print(f'{clip}: {transcript.text}' if len(args.clips) > 1 else transcript.text)
+    heard = transcribe(checkpoint, wave, args.beam)
+    print(f'{clip}: {heard.text}' if len(args.clips) > 1 else heard.text)
     if args.times:
-        for word in transcript.words:
-            print(f'{word.start:6.2f} {word.end:6.2f}  {word.confidence:.2f}  {word.text}')
+        for word in heard.words:
+            print('{start:6.2f} {end:6.2f}  {confidence:.2f}  {text}'.format(**vars(word)))
     if args.plot:
         with error_at(f'--plot {args.plot}'):
-            plot_clip(transcript, checkpoint, args.plot)
+            plot_clip(heard, args.plot)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     parser = ArgumentParser(
         description='Transcribe audio files, or describe a checkpoint.')
     add = parser.add_argument
