@@ -95,7 +95,7 @@ class Config:
     dropout: float = 0.05           # before each LSTM layer and the head
     output_init: str = 'xavier'     # of the head; or 'normal', of deviation 0.01
     weight_init: float = 0.02       # standard deviation of the projections' initial weights
-    forget_bias: bool = True        # init_lstm: forget bias 1, orthogonal; False: PyTorch's own
+    forget_bias: bool = True        # LSTMs' forget bias 1, orthogonal; False: PyTorch's own
 
 
 # ---- operations along time, which are given the clips' lengths -----------------------------------
@@ -212,6 +212,8 @@ def upsample(x: Tensor, lengths: Tensor, stride: int, frames_per_output: int) ->
     output the early path is not interpolated, and a feature sits 1.5 frames before the output's
     middle.
     """
+    if stride == frames_per_output:
+        return x
     delay = round((stride - 1) / 2 / frames_per_output)
     # Interpolation looks one frame ahead, where it must not find padding: a clip's last is held.
     held = torch.arange(x.shape[1] + 1, device=x.device).minimum(lengths[:, None] - 1)
@@ -234,9 +236,8 @@ class BiLSTM(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         frames = x.shape[1]
-        t = torch.arange(frames, device=x.device)
         # Each clip's frames from its last to its first, then the padding's; twice, it is x again.
-        reverse = (lengths[:, None] - 1 - t) % frames
+        reverse = (lengths[:, None] - 1 - torch.arange(frames, device=x.device)) % frames
         backward, _ = self.backward_lstm(take_frames(x, reverse))
         forward, _ = self.forward_lstm(x)
         return torch.cat([forward, take_frames(backward, reverse)], 2)
@@ -266,9 +267,7 @@ class Branch(nn.Module):
         x = self.projection(x.permute(0, 2, 3, 1).flatten(2))               # (B, T / stride, 256)
         if self.transposed_conv:
             return self.transposed_conv(x.mT).mT
-        if self.stride > self.config.frames_per_output:
-            x = upsample(x, lengths, self.stride, self.config.frames_per_output)
-        return x
+        return upsample(x, lengths, self.stride, self.config.frames_per_output)
 
 
 class Backbone(nn.Module):
@@ -363,25 +362,13 @@ class Recogniser(nn.Module):
 
 # ---- initialisation ------------------------------------------------------------------------------
 
-def init_lstm(lstm: nn.LSTM) -> None:
-    """Orthogonal recurrent and Xavier input weights, gate by gate; biases 0, the forget gate's 1.
-
-    Forget gates that start open let gradients reach far back (Jozefowicz et al. 2015).
-    """
-    for gate in lstm.weight_ih_l0.chunk(4):  # input, forget, cell, output
-        init.xavier_uniform_(gate)
-    for gate in lstm.weight_hh_l0.chunk(4):
-        init.orthogonal_(gate)
-    init.zeros_(lstm.bias_hh_l0)  # PyTorch adds two biases
-    init.zeros_(lstm.bias_ih_l0)
-    init.ones_(lstm.bias_ih_l0.chunk(4)[1])
-
-
 def init_weights(model: Recogniser) -> None:
     """Draw the weights of each layer by its role.
 
     The weights of the head and the projections must be large enough to pass the gradient on: with
-    normal(0, 0.01), MobileNetV3's for its classifier, it shrinks at each of these layers.
+    normal(0, 0.01), MobileNetV3's for its classifier, it shrinks at each of these layers. LSTMs
+    get orthogonal recurrent and Xavier input weights, gate by gate, and forget gates that start
+    open, which let gradients reach far back (Jozefowicz et al. 2015).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # He et al. 2015, as in torchvision's MobileNetV3
@@ -392,7 +379,13 @@ def init_weights(model: Recogniser) -> None:
             init.normal_(module.weight, 0, model.config.weight_init)
             init.zeros_(module.bias)
         elif isinstance(module, nn.LSTM) and model.config.forget_bias:
-            init_lstm(module)
+            for gate in module.weight_ih_l0.chunk(4):  # input, forget, cell, output
+                init.xavier_uniform_(gate)
+            for gate in module.weight_hh_l0.chunk(4):
+                init.orthogonal_(gate)
+            init.zeros_(module.bias_hh_l0)  # PyTorch adds two biases
+            init.zeros_(module.bias_ih_l0)
+            init.ones_(module.bias_ih_l0.chunk(4)[1])
     if model.config.output_init == 'xavier':
         init.xavier_uniform_(model.head.weight)
     else:
@@ -490,7 +483,7 @@ class CharacterModel:
     def __init__(self, counts: dict):
         self.counts = counts
         self.longest = max(map(len, counts))
-        self.cached = functools.cache(self.after_context)
+        self.log_prob = functools.cache(self.log_prob)
 
     @classmethod
     def of_texts(cls, texts: Iterable, order: int = 6) -> 'CharacterModel':
@@ -509,18 +502,19 @@ class CharacterModel:
         return cls(counts)
 
     def log_prob(self, text: str, character: str) -> float:
-        """Of the character after the text, in nats."""
-        return self.cached(text[-self.longest:], character)
+        """Of the character after the text, in nats, by the formula above.
 
-    def after_context(self, context: str, character: str) -> float:
-        """log_prob by the formula above, from the empty context to the whole one."""
+        It looks at the text's last characters, `longest` at most; given no more than these, it
+        knows most answers by heart.
+        """
         probability = 1 / (len(self.counts['']) + 1)
-        for start in range(len(context), -1, -1):
-            following = self.counts.get(context[start:])
-            if following:
-                kinds = len(following)
-                probability = ((following.get(character, 0) + kinds * probability)
-                               / (sum(following.values()) + kinds))
+        for start in range(len(text), -1, -1):  # from the empty context to the longest known
+            following = self.counts.get(text[start:])
+            if not following:
+                break
+            kinds = len(following)
+            probability = ((following.get(character, 0) + kinds * probability)
+                           / (sum(following.values()) + kinds))
         return math.log(probability)
 
 
@@ -546,11 +540,12 @@ def beam_decode(log_probs: Tensor, alphabet: list, language_model: CharacterMode
         for text, (ends_blank, ends_symbol) in beam.items():
             either = ends_blank + ends_symbol
             blank[text] = probabilities[0] * either
+            context = text[-language_model.longest:]
             for character, p in heard:
                 longer = text + character
                 if longer not in prior:
                     prior[longer] = (prior[text] + LABEL_BONUS
-                                     + LM_WEIGHT * language_model.log_prob(text, character))
+                                     + LM_WEIGHT * language_model.log_prob(context, character))
                 if character == text[-1:]:
                     symbol[text] += p * ends_symbol
                     symbol[longer] += p * ends_blank
@@ -701,8 +696,10 @@ def plot_clip(heard: Transcript, path: str) -> None:
         above.axvspan(word.start, word.end, 0.97, facecolor='white', edgecolor='black')
     below.fill_between(times, probabilities[:, 0], color='0.85')
     below.plot(times, probabilities[:, 1:])
-    for time, character in zip(times, data.show_path(probabilities.argmax(1), heard.alphabet)):
-        below.text(time, 1.07, character, ha='center')
+    symbols = data.show_path(probabilities.argmax(1), heard.alphabet)
+    for time, character, before in zip(times, symbols, ' ' + symbols):
+        if character != before:
+            below.text(time, 1.07, character, ha='center')
     below.set(ylabel='probability (grey: blank)', xlabel='seconds')
     figure.savefig(path, dpi=120)
 
