@@ -530,11 +530,11 @@ def beam_decode(log_probs: Tensor, alphabet: list, language_model: CharacterMode
         return math.log(total[text]) + prior[text]
 
     # Of each text the probability of its paths that end in a blank, and of those that end in its
-    # last symbol: only after a blank does the same symbol begin anew.
+    # last character: only after a blank does the same character begin anew.
     beam = {'': (1.0, 0.0)}
     prior = {'': 0.0}   # of a text: what is added to the logarithm of its paths' probability
     for probabilities in log_probs.exp().tolist():
-        # Symbols less likely than that are not tried; the blank is no character.
+        # Of the characters, those that are likely enough to be tried.
         heard = [(c, p) for c, p in zip(alphabet, probabilities) if c and p > 1.2e-4]
         blank, symbol = Counter(), Counter()
         for text, (ends_blank, ends_symbol) in beam.items():
@@ -683,12 +683,12 @@ def plot_clip(heard: Transcript, path: str) -> None:
     """
     pyplot = monitor.load_pyplot()
     probabilities = heard.log_probs.exp()                                         # (T', V)
-    outputs = torch.arange(len(probabilities)) + 0.5
+    outputs = torch.arange(0.5, len(probabilities))  # their middles
     times = heard.start + outputs * heard.frames_per_output * data.FRAME_SECONDS
     end = heard.start + len(heard.mels) * data.FRAME_SECONDS
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(10, 4.5),
                                              layout='constrained')
-    above.imshow(heard.mels.T, origin='lower', aspect='auto',
+    above.imshow(heard.mels.T.numpy(), origin='lower', aspect='auto',
                  extent=(heard.start, end, 0, data.N_MELS))
     above.set_ylabel('mel band')
     for word in heard.words:
@@ -727,19 +727,25 @@ NARROW = ('nothing above 4 kHz, as from a telephone, and the model was trained o
           'expect many more errors')
 
 
-def transcribe_clip(clip: str, checkpoint: Checkpoint, args: Namespace) -> None:
-    """Print, and draw, what the flags ask for of a clip. Raises UserError, ValueError."""
-    wave = data.read_wave(clip, args.channel)
-    if data.is_narrow(wave) and not checkpoint.run['narrow']:
-        print(f'{clip}: {NARROW}', file=sys.stderr)
-    heard = transcribe(checkpoint, wave, args.beam)
-    print(f'{clip}: {heard.text}' if len(args.clips) > 1 else heard.text)
-    if args.times:
-        for word in heard.words:
-            print('{start:6.2f} {end:6.2f}  {confidence:.2f}  {text}'.format(**vars(word)))
-    if args.plot:
-        with error_at(f'--plot {args.plot}'):
-            plot_clip(heard, args.plot)
+def transcribe_clips(checkpoint: Checkpoint, args: Namespace) -> None:
+    """Print, and draw, what the flags ask for of each clip. Raises UserError, when all that can be
+    used are done, that lists the others."""
+    faults = {}
+    for clip in args.clips:
+        with data.listing(faults, clip):
+            wave = data.read_wave(clip, args.channel)
+            if data.is_narrow(wave) and not checkpoint.run['narrow']:
+                print(f'{clip}: {NARROW}', file=sys.stderr)
+            heard = transcribe(checkpoint, wave, args.beam)
+            print(f'{clip}: {heard.text}' if len(args.clips) > 1 else heard.text)
+            if args.times:
+                for word in heard.words:
+                    print('{start:6.2f} {end:6.2f}  {confidence:.2f}  {text}'.format(**vars(word)))
+            if args.plot:
+                with error_at(f'--plot {args.plot}'):
+                    plot_clip(heard, args.plot)
+    if faults:
+        raise UserError('\n'.join(faults.values()))
 
 
 def main(argv: list | None = None) -> None:
@@ -768,12 +774,7 @@ def main(argv: list | None = None) -> None:
             checkpoint = checkpoint._replace(language_model=other)
         if not args.clips:
             describe_checkpoint(checkpoint)
-        faults = {}
-        for clip in args.clips:
-            with data.listing(faults, clip):  # the other clips are still wanted
-                transcribe_clip(clip, checkpoint, args)
-        if faults:
-            raise UserError('\n'.join(faults.values()))
+        transcribe_clips(checkpoint, args)
 
 
 if __name__ == '__main__':
