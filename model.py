@@ -63,22 +63,20 @@ from monitor import UserError, error_at
 # convolutions and ReLU, the others 5 x 5 and hard swish. Strides in time are ours: an image is as
 # wide as it is high, speech is not.
 BLOCKS = [
-    # expanded channels, channels, squeeze-excite where Config has it, stride in time, in frequency
-    (16, 16, True, 1, 2),      # 20 ms, as the stem left it
-    (72, 24, False, 2, 2),     # 40 ms
-    (88, 24, False, 1, 1),
-    (96, 40, True, 2, 2),      # 80 ms
-    (240, 40, True, 1, 1),
-    (240, 40, True, 1, 1),
-    (120, 48, True, 1, 1),
-    (144, 48, True, 1, 1),
-    (288, 96, True, 1, 2),
-    (576, 96, True, 1, 1),
-    (576, 96, True, 1, 1),
+    # expanded channels, channels, stride in time, in frequency
+    (16, 16, 1, 2),      # 20 ms, as the stem left it
+    (72, 24, 2, 2),      # 40 ms
+    (88, 24, 1, 1),
+    (96, 40, 2, 2),      # 80 ms
+    (240, 40, 1, 1),
+    (240, 40, 1, 1),
+    (120, 48, 1, 1),
+    (144, 48, 1, 1),
+    (288, 96, 1, 2),
+    (576, 96, 1, 1),
+    (576, 96, 1, 1),
 ]
-EARLY_BLOCK = 3   # the last block at 40 ms; the early path leaves from its output
-DEEP_EVERY = 4    # training updates: the deep path takes part in one of them
-STEM_STRIDE = 2   # in time and in frequency
+EARLY_BLOCK = 3  # the last block at 40 ms; the early path leaves from its output
 
 
 @dataclass
@@ -97,7 +95,7 @@ class Config:
     dropout: float = 0.05           # before each LSTM layer and the head
     output_init: str = 'xavier'     # of the head; or 'normal', of deviation 0.01
     weight_init: float = 0.02       # standard deviation of the projections' initial weights
-    forget_bias: bool = True        # init_lstm: forget bias 1, orthogonal; False: PyTorch's own
+    forget_bias: bool = True        # LSTMs' forget bias 1, orthogonal; False: PyTorch's own
 
 
 # ---- operations along time, which are given the clips' lengths -----------------------------------
@@ -114,18 +112,8 @@ def zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
 def take_frames(x: Tensor, frames: Tensor) -> Tensor:
     """Of each clip of x (B, T, C) the frames (B, N) -> (B, N, C)."""
     rows = frames + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    # index_select copies whole rows, where gather picks single numbers: three times as fast.
-    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*frames.shape, -1)
-
-
-def reverse_time(x: Tensor, lengths: Tensor) -> Tensor:
-    """Reverse each clip of x (B, T, C) within its own length, and the padding within itself.
-
-    Done twice, it gives x again.
-    """
-    frames = x.shape[1]
-    t = torch.arange(frames, device=x.device)
-    return take_frames(x, (lengths[:, None] - 1 - t) % frames)
+    # An embedding copies whole rows, where gather picks single numbers: three times as fast.
+    return F.embedding(rows, x.flatten(0, 1))
 
 
 # ---- the backbone --------------------------------------------------------------------------------
@@ -152,16 +140,11 @@ class ConvNorm(nn.Sequential):
     Symmetric padding centres output i on input i * stride.
     """
 
-    def __init__(self, c_in, c_out, kernel=1, stride=1, groups=1, activation=nn.Identity):
+    def __init__(self, c_in, c_out, activation=nn.Identity, kernel=1, stride=1, groups=1):
         super().__init__(
             nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
             BatchNorm(c_out, eps=1e-3),
             activation())
-
-
-def strided_length(length: int | Tensor, stride: int) -> int | Tensor:
-    """ceil(length / stride) of whole numbers: what ConvNorm makes of a length."""
-    return (length + stride - 1) // stride
 
 
 class SqueezeExcite(nn.Module):
@@ -184,24 +167,29 @@ class SqueezeExcite(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """MobileNetV3's block: 1x1 expansion, depthwise k x k, squeeze-excite, 1x1 projection, identity
+    """A row of BLOCKS: 1x1 expansion, depthwise k x k, squeeze-excite, 1x1 projection, identity
     where it fits.
 
     x (B, C, T, F) and lengths (B,) -> the same, strided.
     """
 
-    def __init__(self, c_in, expanded, c_out, kernel, activation, stride, squeeze_excite):
+    def __init__(self, number, c_in, squeeze_excite):
         super().__init__()
+        expanded, c_out, *stride = BLOCKS[number - 1]
+        activation, kernel = (nn.ReLU, 3) if number <= EARLY_BLOCK else (nn.Hardswish, 5)
         self.time_stride, _ = stride
-        self.expand = (ConvNorm(c_in, expanded, activation=activation) if expanded != c_in
-                       else nn.Identity())
-        self.depthwise = ConvNorm(expanded, expanded, kernel, stride, expanded, activation)
-        self.squeeze_excite = SqueezeExcite(expanded) if squeeze_excite else None
+        self.expand = nn.Identity()
+        if expanded != c_in:
+            self.expand = ConvNorm(c_in, expanded, activation)
+        self.depthwise = ConvNorm(expanded, expanded, activation, kernel, stride, expanded)
+        self.squeeze_excite = None
+        if squeeze_excite and number not in (2, 3):  # which have none in the paper either
+            self.squeeze_excite = SqueezeExcite(expanded)
         self.project = ConvNorm(expanded, c_out)  # the block's, not Config.projection
 
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple:
         y = self.depthwise(zero_padding(self.expand(x), lengths))
-        lengths = strided_length(lengths, self.time_stride)
+        lengths = -(-lengths // self.time_stride)  # rounded up
         if self.squeeze_excite:
             y = self.squeeze_excite(y, lengths)
         y = self.project(y)
@@ -224,12 +212,14 @@ def upsample(x: Tensor, lengths: Tensor, stride: int, frames_per_output: int) ->
     output the early path is not interpolated, and a feature sits 1.5 frames before the output's
     middle.
     """
+    if stride == frames_per_output:
+        return x
     delay = round((stride - 1) / 2 / frames_per_output)
     # Interpolation looks one frame ahead, where it must not find padding: a clip's last is held.
     held = torch.arange(x.shape[1] + 1, device=x.device).minimum(lengths[:, None] - 1)
-    x = take_frames(x, held).transpose(1, 2)                               # (B, C, T / stride + 1)
+    x = take_frames(x, held).mT                                            # (B, C, T / stride + 1)
     x = F.interpolate(x, scale_factor=stride // frames_per_output, mode='linear')
-    return x[:, :, delay:].transpose(1, 2)  # aligned: output t, sound t
+    return x[:, :, delay:].mT  # aligned: output t, sound t
 
 
 class BiLSTM(nn.Module):
@@ -245,9 +235,12 @@ class BiLSTM(nn.Module):
         self.backward_lstm = nn.LSTM(c_in, hidden, batch_first=True)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        backward, _ = self.backward_lstm(reverse_time(x, lengths))
+        frames = x.shape[1]
+        # Each clip's frames from its last to its first, then the padding's; twice, it is x again.
+        reverse = (lengths[:, None] - 1 - torch.arange(frames, device=x.device)) % frames
+        backward, _ = self.backward_lstm(take_frames(x, reverse))
         forward, _ = self.forward_lstm(x)
-        return torch.cat([forward, reverse_time(backward, lengths)], 2)
+        return torch.cat([forward, take_frames(backward, reverse)], 2)
 
 
 # ---- the recogniser ------------------------------------------------------------------------------
@@ -255,27 +248,26 @@ class BiLSTM(nn.Module):
 class Branch(nn.Module):
     """One path from the backbone to the outputs' grid: flatten, project, upsample.
 
-    x (B, C, T / stride, F) and lengths (B,) -> (B, outputs, projection).
+    x (B, C, T / stride, F) and lengths (B,) -> (B, T' or some more, projection).
     """
 
-    def __init__(self, size, stride, config):
+    def __init__(self, channels, stride, bands, config):
         super().__init__()
-        self.stride = stride  # mel frames per feature
-        self.frames_per_output = config.frames_per_output
-        self.projection = nn.Linear(size, config.projection)
+        self.stride = stride  # mel frames per feature; bands: mel bands per feature
+        self.config = config
+        features = channels * math.ceil(config.n_mels / bands)
+        self.projection = nn.Linear(features, config.projection)
         self.transposed_conv = None
         if config.upsample == 'transpose':
             ratio = stride // config.frames_per_output
             self.transposed_conv = nn.ConvTranspose1d(config.projection, config.projection,
                                                       ratio, ratio)
 
-    def forward(self, x: Tensor, lengths: Tensor, outputs: int) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         x = self.projection(x.permute(0, 2, 3, 1).flatten(2))               # (B, T / stride, 256)
         if self.transposed_conv:
-            x = self.transposed_conv(x.transpose(1, 2)).transpose(1, 2)
-        elif self.stride > self.frames_per_output:
-            x = upsample(x, lengths, self.stride, self.frames_per_output)
-        return x[:, :outputs]
+            return self.transposed_conv(x.mT).mT
+        return upsample(x, lengths, self.stride, self.config.frames_per_output)
 
 
 class Backbone(nn.Module):
@@ -290,30 +282,26 @@ class Backbone(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        channels, stride = 16, STEM_STRIDE
-        bands = strided_length(config.n_mels, STEM_STRIDE)
-        self.stem = ConvNorm(1, channels, 3, STEM_STRIDE, activation=nn.Hardswish)
+        channels = 16
+        frames = bands = 2  # of the mels, that one feature stands for, behind the stem
+        self.stem = ConvNorm(1, channels, nn.Hardswish, 3, 2)
         self.blocks = nn.ModuleList()
         self.last = nn.Identity()
         self.early = None
         for number, row in enumerate(BLOCKS[:config.blocks], 1):
-            expanded, c_out, squeeze_excite, time_stride, band_stride = row
-            kernel, activation = (3, nn.ReLU) if number <= EARLY_BLOCK else (5, nn.Hardswish)
-            self.blocks.append(Bottleneck(channels, expanded, c_out, kernel, activation,
-                                          (time_stride, band_stride),
-                                          squeeze_excite and config.squeeze_excite))
-            channels = c_out
-            stride *= time_stride
-            bands = strided_length(bands, band_stride)
+            self.blocks.append(Bottleneck(number, channels, config.squeeze_excite))
+            _, channels, time_stride, band_stride = row
+            frames *= time_stride
+            bands *= band_stride
             if number == EARLY_BLOCK < config.blocks and config.deep_path == 'gated':
-                self.early = Branch(channels * bands, stride, config)
+                self.early = Branch(channels, frames, bands, config)
                 # Of the deep path. If it started at 1, both paths would learn more slowly.
                 self.gate = nn.Parameter(torch.full((config.projection,), 0.1))
         if config.blocks == len(BLOCKS):
-            self.last = ConvNorm(channels, 576, activation=nn.Hardswish)
+            self.last = ConvNorm(channels, 576, nn.Hardswish)
             channels = 576
         # With three blocks or fewer, the only path:
-        self.deep = Branch(channels * bands, stride, config)
+        self.deep = Branch(channels, frames, bands, config)
 
     def output_lengths(self, lengths: int | Tensor) -> int | Tensor:
         """The number of outputs for clips of these many mel frames: ceil(T / frames_per_output).
@@ -324,22 +312,21 @@ class Backbone(nn.Module):
         grid = frames = self.config.frames_per_output
         if self.config.upsample == 'transpose':
             grid = (self.early or self.deep).stride
-        return strided_length(lengths, grid) * (grid // frames)
+        return -(-lengths // grid) * (grid // frames)
 
-    def forward(self, mels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, mels: Tensor, lengths: Tensor) -> tuple:
         outputs = self.output_lengths(mels.shape[2])
         output_lengths = self.output_lengths(lengths)
-        x = mels.to(memory_format=torch.channels_last)
-        x = self.stem(zero_padding(x, lengths))
-        lengths = strided_length(lengths, STEM_STRIDE)
+        x = self.stem(zero_padding(mels, lengths))
+        lengths = -(-lengths // 2)  # rounded up
         for number, block in enumerate(self.blocks, 1):
             x, lengths = block(x, lengths)
             if self.early and number == EARLY_BLOCK:
-                early = self.early(x, lengths, outputs)
+                early = self.early(x, lengths)[:, :outputs]
                 # The stem has just counted this batch: 1, 5, 9 ... take the deep path too.
-                if self.training and self.stem[1].num_batches_tracked % DEEP_EVERY != 1:
+                if self.training and self.stem[1].num_batches_tracked % 4 != 1:
                     return early, output_lengths
-        deep = self.deep(self.last(x), lengths, outputs)
+        deep = self.deep(self.last(x), lengths)[:, :outputs]
         return (early + self.gate * deep if self.early else deep), output_lengths
 
 
@@ -356,7 +343,9 @@ class Recogniser(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(2 * config.hidden, config.vocab_size)
         init_weights(self)
-        self.to(memory_format=torch.channels_last)  # depthwise convolutions: twice as fast on a CPU
+        # Of the weights, and so of all that is computed with them: depthwise convolutions are twice
+        # as fast on a CPU.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, mels: Tensor, lengths: Tensor, every_layer: bool = False) -> tuple:
         """-> log-probabilities, output lengths.
@@ -374,25 +363,13 @@ class Recogniser(nn.Module):
 
 # ---- initialisation ------------------------------------------------------------------------------
 
-def init_lstm(lstm: nn.LSTM) -> None:
-    """Orthogonal recurrent and Xavier input weights, gate by gate; biases 0, the forget gate's 1.
-
-    Forget gates that start open let gradients reach far back (Jozefowicz et al. 2015).
-    """
-    for gate in lstm.weight_ih_l0.chunk(4):  # input, forget, cell, output
-        init.xavier_uniform_(gate)
-    for gate in lstm.weight_hh_l0.chunk(4):
-        init.orthogonal_(gate)
-    init.zeros_(lstm.bias_hh_l0)  # PyTorch adds two biases
-    init.zeros_(lstm.bias_ih_l0)
-    init.ones_(lstm.bias_ih_l0.chunk(4)[1])
-
-
 def init_weights(model: Recogniser) -> None:
     """Draw the weights of each layer by its role.
 
     The weights of the head and the projections must be large enough to pass the gradient on: with
-    normal(0, 0.01), MobileNetV3's for its classifier, it shrinks at each of these layers.
+    normal(0, 0.01), MobileNetV3's for its classifier, it shrinks at each of these layers. LSTMs
+    get orthogonal recurrent and Xavier input weights, gate by gate, and forget gates that start
+    open, which let gradients reach far back (Jozefowicz et al. 2015).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # He et al. 2015, as in torchvision's MobileNetV3
@@ -403,7 +380,13 @@ def init_weights(model: Recogniser) -> None:
             init.normal_(module.weight, 0, model.config.weight_init)
             init.zeros_(module.bias)
         elif isinstance(module, nn.LSTM) and model.config.forget_bias:
-            init_lstm(module)
+            for gate in module.weight_ih_l0.chunk(4):  # input, forget, cell, output
+                init.xavier_uniform_(gate)
+            for gate in module.weight_hh_l0.chunk(4):
+                init.orthogonal_(gate)
+            init.zeros_(module.bias_hh_l0)  # PyTorch adds two biases
+            init.zeros_(module.bias_ih_l0)
+            init.ones_(module.bias_ih_l0.chunk(4)[1])
     if model.config.output_init == 'xavier':
         init.xavier_uniform_(model.head.weight)
     else:
@@ -427,12 +410,12 @@ def init_weights(model: Recogniser) -> None:
 # "aa" needs the path a-a: without the blank, the two would merge. F.ctc_loss sums over all paths by
 # dynamic programming; test_ctc_loss_against_all_paths lists them instead, and finds the same loss.
 
-def collapse(path: Iterable[int]) -> list[int]:
+def collapse(path: Iterable) -> list:
     """Merge a path's repeats, then drop its blanks: [0, 1, 1, 0, 1, 2] -> [1, 1, 2]."""
     return [symbol for symbol, _ in itertools.groupby(path) if symbol]
 
 
-def greedy_decode(log_probs: Tensor) -> list[int]:
+def greedy_decode(log_probs: Tensor) -> list:
     """Collapse the path of each output's likeliest symbol (Graves et al. 2006, section 3.2).
 
     log_probs (T', V) of one clip, without padding -> its symbols.
@@ -464,7 +447,8 @@ def align(log_probs: Tensor, symbols: Tensor) -> Tensor:
     steps = []
     for outputs in log_probs:
         best, step = (score.unfold(0, 3, 1) + barred).max(1)
-        score = F.pad(best + outputs[states], (2, 0), value=-math.inf)
+        score[1] = -math.inf
+        score[2:] = best + outputs[states]
         steps.append(step.byte())
     # The best path ends in the last symbol, or in the blank behind it. From there back:
     state = len(states) - 2 + int(score[-2:].argmax())
@@ -482,7 +466,6 @@ BEAM = 16                  # texts kept
 # (results/README.md).
 LM_WEIGHT, LABEL_BONUS = 0.6, 1.5
 END = '\n'                 # of a sentence, for the character model
-UNHEARD = 1.2e-4           # probability below which a symbol is not tried
 MOST_CONTEXTS = 1_000_000  # of a character model that keeps what it met once
 
 class CharacterModel:
@@ -501,10 +484,10 @@ class CharacterModel:
     def __init__(self, counts: dict):
         self.counts = counts
         self.longest = max(map(len, counts))
-        self.cached_probability = functools.cache(self.probability)
+        self.log_prob = functools.cache(self.log_prob)
 
     @classmethod
-    def of_texts(cls, texts: Iterable[str], order: int = 6) -> 'CharacterModel':
+    def of_texts(cls, texts: Iterable, order: int = 6) -> 'CharacterModel':
         """Count the n-grams of texts, the ends of sentences included.
 
         Of more than a million contexts, those that were met once are dropped.
@@ -520,40 +503,23 @@ class CharacterModel:
         return cls(counts)
 
     def log_prob(self, text: str, character: str) -> float:
-        """Of the character after the text, in nats."""
-        return math.log(self.cached_probability(text[-self.longest:], character))
+        """Of the character after the text, in nats, by the formula above.
 
-    def probability(self, context: str, character: str) -> float:
-        """Of the character after the context, by the formula above."""
-        if context not in self.counts:
-            return self.probability(context[1:], character)
-        following = self.counts[context]
-        kinds = len(following)
-        shorter = self.probability(context[1:], character) if context else 1 / (kinds + 1)
-        return (following.get(character, 0) + kinds * shorter) / (sum(following.values()) + kinds)
-
-
-def extend_beam(beam: dict, probabilities: list[float], alphabet: list[str]) -> tuple:
-    """What the texts of a beam become with one output more: the same ones, and longer ones.
-
-    -> the probability of each text's paths that end in a blank, and of those that end in its last
-    symbol: only after a blank does the same symbol begin anew.
-    """
-    heard = [(c, p) for c, p in zip(alphabet, probabilities) if c and p > UNHEARD]
-    blank, symbol = Counter(), Counter()
-    for text, (ends_blank, ends_symbol) in beam.items():
-        total = ends_blank + ends_symbol
-        blank[text] = probabilities[0] * total
-        for character, p in heard:
-            if character == text[-1:]:
-                symbol[text] += p * ends_symbol
-                symbol[text + character] += p * ends_blank
-            else:
-                symbol[text + character] += p * total
-    return blank, symbol
+        It looks at the text's last characters, `longest` at most; given no more than these, it
+        knows most answers by heart.
+        """
+        probability = 1 / (len(self.counts['']) + 1)
+        for start in range(len(text), -1, -1):  # from the empty context to the longest known
+            following = self.counts.get(text[start:])
+            if not following:
+                break
+            kinds = len(following)
+            probability = ((following.get(character, 0) + kinds * probability)
+                           / (sum(following.values()) + kinds))
+        return math.log(probability)
 
 
-def beam_decode(log_probs: Tensor, alphabet: list[str], language_model: CharacterModel,
+def beam_decode(log_probs: Tensor, alphabet: list, language_model: CharacterModel,
                 width: int = BEAM) -> str:
     """The text of the highest score, by prefix beam search (Hannun et al. 2014, algorithm 1).
 
@@ -564,15 +530,29 @@ def beam_decode(log_probs: Tensor, alphabet: list[str], language_model: Characte
     def score(text):
         return math.log(total[text]) + prior[text]
 
+    # Of each text the probability of its paths that end in a blank, and of those that end in its
+    # last character: only after a blank does the same character begin anew.
     beam = {'': (1.0, 0.0)}
     prior = {'': 0.0}   # of a text: what is added to the logarithm of its paths' probability
     for probabilities in log_probs.exp().tolist():
-        blank, symbol = extend_beam(beam, probabilities, alphabet)
+        # Of the characters, those that are likely enough to be tried.
+        heard = [(c, p) for c, p in zip(alphabet, probabilities) if c and p > 1.2e-4]
+        blank, symbol = Counter(), Counter()
+        for text, (ends_blank, ends_symbol) in beam.items():
+            either = ends_blank + ends_symbol
+            blank[text] = probabilities[0] * either
+            context = text[-language_model.longest:]
+            for character, p in heard:
+                longer = text + character
+                if longer not in prior:
+                    prior[longer] = (prior[text] + LABEL_BONUS
+                                     + LM_WEIGHT * language_model.log_prob(context, character))
+                if character == text[-1:]:
+                    symbol[text] += p * ends_symbol
+                    symbol[longer] += p * ends_blank
+                else:
+                    symbol[longer] += p * either
         total = blank + symbol   # Counters leave out what has probability 0
-        for text in total.keys() - prior.keys():
-            begun = text[:-1]
-            prior[text] = (prior[begun] + LABEL_BONUS
-                           + LM_WEIGHT * language_model.log_prob(begun, text[-1]))
         best = sorted(total, key=score, reverse=True)[:width]
         prior = {text: prior[text] for text in best}
         scale = total[best[0]]  # or they would fade to zero
@@ -582,14 +562,8 @@ def beam_decode(log_probs: Tensor, alphabet: list[str], language_model: Characte
 
 # ---- words and their times -----------------------------------------------------------------------
 
-# Chosen with five checkpoints, on voices of the built-in corpus that are in none of its splits.
-MAX_ONSET = 30         # frames of 10 ms that a word may last before its first output
-SILENCE_LEVEL = -0.4   # mean normalised log-mel of a frame: below, no word has begun
-RELEASE = 5            # frames that a word lasts after its last output
-GAP_SHARE = 0.3        # of the gap between two words that would overlap: the first one's
-HOLE = 40              # frames without a letter that no word has
-
-class Word(NamedTuple):
+@dataclass
+class Word:
     """A word, when it was said, in seconds from the clip's start, and how sure that is.
 
     confidence: the geometric mean of its characters' probabilities in the outputs that emit them;
@@ -601,40 +575,53 @@ class Word(NamedTuple):
     confidence: float
 
 
-def timed_words(transcript: 'Transcript', checkpoint: 'Checkpoint') -> list[Word]:
-    """The words of a transcript, with their times in the clip.
+@dataclass
+class Transcript:
+    """What was heard in a clip, and what it was read from."""
+    text: str
+    mels: Tensor       # (T, 80)
+    start: float       # of their first frame in the clip, seconds
+    log_probs: Tensor  # (T', V)
+    alphabet: list
+    frames_per_output: int
 
-    CTC outputs are peaks inside a character (Zeyer et al. 2021), so a word's outputs span less time
-    than its sound. Its start moves back to where the sound sets in, its end RELEASE frames on;
-    words that would overlap split the gap between their outputs.
-    """
-    def seconds(frame):
-        return max(0.0, begin + frame * data.FRAME_SECONDS)
+    @functools.cached_property
+    def words(self) -> list:
+        """Its words, with their times in the clip, sought when they are first asked for.
 
-    text, _, mels, begin, log_probs = transcript
-    frames_per_output = checkpoint.network.config.frames_per_output
-    loudness = mels.mean(1).tolist()
-    symbols = torch.tensor(data.encode(text, checkpoint.alphabet))
-    path = align(log_probs, symbols)
-    words = []
-    before = 0  # where the outputs of the word before end
-    for match in monitor.WORD.finditer(text):
-        outputs = ((path >= match.start()) & (path < match.end())).nonzero()[:, 0]
-        emitted = log_probs[outputs, symbols[path[outputs]]]
-        # Letters on both sides of a silence are no word: the side with most outputs is.
-        side = (outputs.diff(prepend=outputs[:1]) >= HOLE // frames_per_output).cumsum(0)
-        outputs = outputs[side == side.mode().values]
-        first, end = (outputs[[0, -1]] * frames_per_output).tolist()
-        first = onset = min(first, len(mels))
-        while onset > max(before, first - MAX_ONSET) and loudness[onset - 1] > SILENCE_LEVEL:
-            onset -= 1
-        if words and words[-1].end > seconds(onset):
-            onset = round(before + GAP_SHARE * (first - before))
-            words[-1] = words[-1]._replace(end=seconds(onset))
-        before = end + frames_per_output
-        words.append(Word(match.group(), seconds(onset),
-                          seconds(min(before + RELEASE, len(mels))), emitted.mean().exp().item()))
-    return words
+        CTC outputs are peaks inside a character (Zeyer et al. 2021), so a word's outputs span less
+        time than its sound. Its start moves back to where the sound sets in, its end 50 ms on;
+        words that would overlap split the gap between their outputs. The numbers were chosen with
+        five checkpoints, on voices of the built-in corpus that are in none of its splits. Raises
+        ValueError where the clip is too long to be aligned.
+        """
+        def seconds(frame):
+            return max(0.0, self.start + frame * data.FRAME_SECONDS)
+
+        frames = len(self.mels)
+        loudness = self.mels.mean(1).tolist()
+        symbols = torch.tensor(data.encode(self.text, self.alphabet))
+        path = align(self.log_probs, symbols)
+        words = []
+        before = 0  # where the outputs of the word before end
+        for match in monitor.WORD.finditer(self.text):
+            outputs = torch.isin(path, torch.arange(*match.span())).nonzero()[:, 0]
+            emitted = self.log_probs[outputs, symbols[path[outputs]]]
+            # Letters on both sides of 400 ms without any are no word: the side with most is.
+            side = (outputs.diff(prepend=outputs[:1]) >= 40 // self.frames_per_output).cumsum(0)
+            outputs = outputs[side == side.mode().values]
+            first, end = (outputs[[0, -1]] * self.frames_per_output).tolist()
+            first = onset = min(first, frames)
+            # Back through all that is loud, in mean normalised log-mel, 300 ms at most.
+            while onset > max(before, first - 30) and loudness[onset - 1] > -0.4:
+                onset -= 1
+            if words and words[-1].end > seconds(onset):
+                onset = round(before + 0.3 * (first - before))  # less of the gap is the first's
+                words[-1].end = seconds(onset)
+            before = end + self.frames_per_output
+            words.append(Word(match.group(), seconds(onset), seconds(min(before + 5, frames)),
+                              emitted.mean().exp().item()))
+        return words
 
 
 # ---- checkpoints and transcripts -----------------------------------------------------------------
@@ -645,18 +632,9 @@ FORMAT = 4  # of checkpoints
 class Checkpoint(NamedTuple):
     """What a checkpoint of train.py holds."""
     network: Recogniser             # in eval mode
-    alphabet: list[str]             # of symbols; the first is the blank
+    alphabet: list                  # the characters of its symbols; the first is the blank
     run: dict                       # what is known of its training
     language_model: CharacterModel  # of the training transcripts
-
-
-class Transcript(NamedTuple):
-    """What was heard in a clip, and what it was read from."""
-    text: str
-    words: list[Word]
-    mels: Tensor       # (T, 80)
-    start: float       # of their first frame in the clip, seconds
-    log_probs: Tensor  # (T', V)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -672,13 +650,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 @torch.no_grad()
-def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0,
-               times: bool = True) -> Transcript:
+def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0) -> Transcript:
     """What is heard in a wave (S,) at 16 kHz, as data.read_wave gives it.
 
-    beam: the width of the beam search, 0: greedy. times: with its words, whose alignment takes
-    memory that grows with the square of the clip's length; raises ValueError where that is too
-    much.
+    beam: the width of the beam search, 0: greedy. Its words are found when they are asked for, by
+    an alignment that takes memory which grows with the square of the clip's length.
     """
     network, alphabet, _, language_model = checkpoint
     mels, first_frame = data.features(wave)
@@ -686,10 +662,8 @@ def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0,
     text = data.decode(greedy_decode(log_probs), alphabet)
     if beam:
         text = beam_decode(log_probs, alphabet, language_model, beam)
-    transcript = Transcript(text, [], mels, first_frame * data.FRAME_SECONDS, log_probs)
-    if times:
-        transcript.words.extend(timed_words(transcript, checkpoint))
-    return transcript
+    return Transcript(text, mels, first_frame * data.FRAME_SECONDS, log_probs, alphabet,
+                      network.config.frames_per_output)
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> None:
@@ -698,42 +672,42 @@ def describe_checkpoint(checkpoint: Checkpoint) -> None:
     parameters = sum(map(torch.numel, network.parameters()))
     print(network.config)
     print(f'{parameters:,} parameters; alphabet: {"".join(alphabet)!r}')
-    print(f'trained on {run["flags"]["train_data"] or "the built-in corpus"}, '
-          f'{run["utterances"]} utterances, {run["hours"]:.2f} hours, {run["epoch"]} epochs')
+    print('trained on', run['flags']['train_data'] or 'the built-in corpus', end=', ')
+    print('{utterances} utterances, {hours:.2f} hours, {epoch} epochs'.format(**run))
     monitor.print_scores(run['scores'])
 
 
-def plot_clip(transcript: Transcript, checkpoint: Checkpoint, path: str) -> None:
+def plot_clip(heard: Transcript, path: str) -> None:
     """Draw a clip's log-mels and words, and the outputs' probabilities, over time.
 
     Raises UserError where matplotlib is missing, and what savefig raises.
     """
     pyplot = monitor.load_pyplot()
-    _, words, mels, begin, log_probs = transcript
-    probabilities = log_probs.exp()                                               # (T', V)
-    step = checkpoint.network.config.frames_per_output * data.FRAME_SECONDS       # of outputs
-    times = begin + step * (torch.arange(len(probabilities)) + 0.5)
+    probabilities = heard.log_probs.exp()                                         # (T', V)
+    outputs = torch.arange(0.5, len(probabilities))  # their middles
+    times = heard.start + outputs * heard.frames_per_output * data.FRAME_SECONDS
+    end = heard.start + len(heard.mels) * data.FRAME_SECONDS
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(10, 4.5),
                                              layout='constrained')
-    above.imshow(mels.T.numpy(), origin='lower', aspect='auto',
-                 extent=(begin, begin + len(mels) * data.FRAME_SECONDS, 0, data.N_MELS))
+    above.imshow(heard.mels.T.numpy(), origin='lower', aspect='auto',
+                 extent=(heard.start, end, 0, data.N_MELS))
     above.set_ylabel('mel band')
-    for word in words:
+    for word in heard.words:
         above.text(word.start, data.N_MELS + 2, word.text)
-        above.axvspan(word.start, word.end, ymin=0.97, facecolor='white', edgecolor='black')
+        above.axvspan(word.start, word.end, 0.97, facecolor='white', edgecolor='black')
     below.fill_between(times, probabilities[:, 0], color='0.85')
     below.plot(times, probabilities[:, 1:])
-    symbols = probabilities.argmax(1).tolist()
-    for time, symbol, before in zip(times, symbols, [0] + symbols):
-        if symbol not in (0, before):
-            below.text(time, 1.03, data.show_path([symbol], checkpoint.alphabet), ha='center')
-    below.set(ylim=(0, 1.15), ylabel='probability (grey: blank)', xlabel='seconds')
+    symbols = data.show_path(probabilities.argmax(1), heard.alphabet)
+    for time, character, before in zip(times, symbols, ' ' + symbols):
+        if character != before:
+            below.text(time, 1.07, character, ha='center')
+    below.set(ylabel='probability (grey: blank)', xlabel='seconds')
     figure.savefig(path, dpi=120)
 
 
 # ---- python model.py -----------------------------------------------------------------------------
 
-def read_character_model(path: str, alphabet: list[str]) -> CharacterModel:
+def read_character_model(path: str, alphabet: list) -> CharacterModel:
     """The character model of a text file, a sentence a line. Raises UserError.
 
     Characters that the alphabet lacks become spaces.
@@ -742,8 +716,9 @@ def read_character_model(path: str, alphabet: list[str]) -> CharacterModel:
         texts = []
         for line in Path(path).read_text(encoding='utf-8').splitlines():
             known = [c if c in alphabet else ' ' for c in data.normalise_text(line)]
-            texts.append(data.normalise_text(''.join(known)))
-        texts = list(filter(None, texts))
+            words = ''.join(known).split()
+            if words:
+                texts.append(' '.join(words))
         if not texts:
             raise ValueError('it holds nothing in the characters of the training transcripts')
     return CharacterModel.of_texts(data.progress(texts, 'counting sentence'))
@@ -753,22 +728,28 @@ NARROW = ('nothing above 4 kHz, as from a telephone, and the model was trained o
           'expect many more errors')
 
 
-def transcribe_clip(clip: str, checkpoint: Checkpoint, args: Namespace) -> None:
-    """Print, and draw, what the flags ask for of a clip. Raises UserError."""
-    wave = data.read_wave(clip, args.channel)
-    if data.is_narrow(wave) and not checkpoint.run['narrow']:
-        print(f'{clip}: {NARROW}', file=sys.stderr)
-    transcript = transcribe(checkpoint, wave, args.beam, args.times or args.plot)
-    print(f'{clip}: {transcript.text}' if len(args.clips) > 1 else transcript.text)
-    if args.times:
-        for word in transcript.words:
-            print(f'{word.start:6.2f} {word.end:6.2f}  {word.confidence:.2f}  {word.text}')
-    if args.plot:
-        with error_at(f'--plot {args.plot}'):
-            plot_clip(transcript, checkpoint, args.plot)
+def transcribe_clips(checkpoint: Checkpoint, args: Namespace) -> None:
+    """Print, and draw, what the flags ask for of each clip. Raises UserError, when all that can be
+    used are done, that lists the others."""
+    faults = {}
+    for clip in args.clips:
+        with data.listing(faults, clip):
+            wave = data.read_wave(clip, args.channel)
+            if data.is_narrow(wave) and not checkpoint.run['narrow']:
+                print(f'{clip}: {NARROW}', file=sys.stderr)
+            heard = transcribe(checkpoint, wave, args.beam)
+            print(f'{clip}: {heard.text}' if len(args.clips) > 1 else heard.text)
+            if args.times:
+                for word in heard.words:
+                    print('{start:6.2f} {end:6.2f}  {confidence:.2f}  {text}'.format(**vars(word)))
+            if args.plot:
+                with error_at(f'--plot {args.plot}'):
+                    plot_clip(heard, args.plot)
+    if faults:
+        raise UserError('\n'.join(faults.values()))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list | None = None) -> None:
     parser = ArgumentParser(
         description='Transcribe audio files, or describe a checkpoint.')
     add = parser.add_argument
@@ -794,12 +775,7 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint = checkpoint._replace(language_model=other)
         if not args.clips:
             describe_checkpoint(checkpoint)
-        faults = {}
-        for clip in args.clips:
-            with data.listing(faults, clip):  # the other clips are still wanted
-                transcribe_clip(clip, checkpoint, args)
-        if faults:
-            raise UserError('\n'.join(faults.values()))
+        transcribe_clips(checkpoint, args)
 
 
 if __name__ == '__main__':

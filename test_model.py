@@ -1588,12 +1588,10 @@ def test_alignment_is_the_best_of_all_paths(text):
             '####                                              ', [(0, 9)]),
 ])
 def test_words_are_as_wide_as_their_sound(text, path, loud, expected):
-    network = make_network(vocab_size=3, frames_per_output=1, **NARROW)
-    checkpoint = model.Checkpoint(network, ['', 'a', ' '], {}, None)
     symbols = torch.tensor(['-a '.index(c) for c in path])
     log_probs = (9.0 * F.one_hot(symbols, 3)).log_softmax(1)
     mels = torch.tensor([[float(c == '#')] for c in loud]) - 0.5
-    words = model.timed_words(model.Transcript(text, [], mels, 0.5, log_probs), checkpoint)
+    words = model.Transcript(text, mels, 0.5, log_probs, ['', 'a', ' '], 1).words
     times = np.array([(word.start, word.end) for word in words])
     assert times == approx(0.5 + np.array(expected) / 100)
     assert words[0].confidence == approx(log_probs.max().exp().item())
