@@ -47,8 +47,9 @@ from monitor import UserError, error_at, number
 
 CHECK_UP_TO = 5000      # utterances; files of larger corpora are decoded first only with --skip_bad
 RESUMED = ('--resume', '--device', '--workers', '--train_data', '--valid_data', '--test_data')
-RANK = int(os.getenv('RANK', 0))         # which of torchrun's processes this is: the first is 0
-RANKS = int(os.getenv('WORLD_SIZE', 1))  # of how many
+# Which of how many processes of torchrun this is; some clusters set these variables without it.
+LAUNCHED = torch.distributed.is_torchelastic_launched()
+RANK, RANKS = [int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')] if LAUNCHED else (0, 1)
 
 
 # ---- the fixes -----------------------------------------------------------------------------------
