@@ -19,12 +19,11 @@ import json
 import os
 import re
 import sys
-import tempfile
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, inf
@@ -47,18 +46,12 @@ SAMPLE_RATE = 16000                  # samples a second
 WINDOW = 400                         # samples: 25 ms
 HOP = 160                            # samples: 10 ms
 FRAME_SECONDS = HOP / SAMPLE_RATE
-N_FFT = 512                          # bins of 31.25 Hz
-HERTZ = torch.linspace(0, 8000, 257)[:, None]
+HERTZ = torch.linspace(0, 8000, 257)[:, None]  # of a spectrum's bins: (257, 1)
 N_MELS = 80
 LOG_FLOOR = 1e-10                    # power: the rounding of 16 bits gives more
-CLICK = 3.2                          # nats above the voice, mean over the bands: 14 dB
-SPEECH_RANGE = 8.0                   # nats below the voice, in power: 35 dB
 MARGIN = 20                          # frames kept before and after speech
-LONGEST = 3600                       # seconds of a recording
-MAX_SECONDS = 40                     # of an utterance for training
-EVALUATED_FRAMES = 64_000            # padding included, at once: sixteen clips of 40 s
+HOUR = 3600                          # seconds
 FRAMES_PER_OUTPUT = 4                # the default: 25 outputs a second
-PAD_TO = 16                          # frames: few different shapes are faster than exact ones
 
 
 # ---- from a recording to features ----------------------------------------------------------------
@@ -80,7 +73,7 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     return resampled[:ceil(len(wave) * up / down)] * (up / down)
 
 
-def read_audio(path: str | Path, channel: int = 0) -> tuple[Tensor, int]:
+def read_audio(path: str | Path, channel: int = 0) -> tuple:
     """Any file that libsndfile reads -> wave (S,) float32, and its rate in Hz: of one channel,
     counted from 1, or the channels' mean.
 
@@ -91,7 +84,7 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple[Tensor, int]:
         os.stat(path)  # whose errors tell more than libsndfile's
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
-            if rate > 384_000 or file.frames > LONGEST * min(rate, 48000):
+            if rate > 384_000 or file.frames > HOUR * min(rate, 48000):
                 raise ValueError(f'{file.frames} samples at {rate} Hz: over an hour, or 384 kHz')
             for said, found in re.findall(r': (\d+) \(should be (\d+)\)', file.extra_info):
                 if int(found) < int(said) < 0x7FFF0000:
@@ -132,7 +125,6 @@ def mel_filters() -> Tensor:
 
 
 MEL_FILTERS = mel_filters()
-HANN = torch.hann_window(WINDOW)
 
 
 def log_mels(wave: Tensor) -> Tensor:
@@ -144,7 +136,8 @@ def log_mels(wave: Tensor) -> Tensor:
     margin = (WINDOW - HOP) // 2
     padded = F.pad(wave, (margin, frames * HOP + margin - len(wave)))
     windows = padded.unfold(0, WINDOW, HOP)                             # (T, 400)
-    spectrum = torch.fft.rfft(windows * HANN, n=N_FFT)                  # (T, 257)
+    windows = windows * torch.hann_window(WINDOW)
+    spectrum = torch.fft.rfft(windows, n=512)                           # (T, 257)
     power = spectrum.real ** 2 + spectrum.imag ** 2
     return (power @ MEL_FILTERS + LOG_FLOOR).log()
 
@@ -170,12 +163,12 @@ def voice_level(steady: Tensor) -> Tensor:
 def repair_clicks(mels: Tensor) -> Tensor:
     """Replace frames of (T, 80) far louder than the voice by the last one before that is not."""
     level = mels.mean(1)
-    loud = level > voice_level(moving_median(level)) + CLICK
+    loud = level > voice_level(moving_median(level)) + 3.2  # nats: 14 dB
     loud = F.pad(loud, (1, 1)).unfold(0, 3, 1).any(1)  # and its neighbours
     return mels[(torch.arange(len(mels)) * ~loud).cummax(0).values]
 
 
-def features(wave: Tensor) -> tuple[Tensor, int]:
+def features(wave: Tensor) -> tuple:
     """wave (S,) at 16 kHz -> normalised log-mels (T, 80), the frame of the wave that comes
     first.
 
@@ -186,13 +179,13 @@ def features(wave: Tensor) -> tuple[Tensor, int]:
     # With silence on both sides, a clip that has some and one that has none get the same features.
     silence = MARGIN + 2                                                 # frames
     mels = repair_clicks(log_mels(F.pad(wave, (silence * HOP, silence * HOP))))
-    # Speech is what comes within 35 dB of the voice's level. Its first and last frame, half of
-    # whose window may lie in silence, do not count for what follows.
+    # Speech is what comes within 35 dB, 8 nats of power, of the voice's level. Its first and last
+    # frame, half of whose window may lie in silence, do not count for what follows.
     power = moving_median(mels.logsumexp(1))
-    spoken = (power >= voice_level(power) - SPEECH_RANGE).nonzero()[:, 0]
-    start = max(0, int(spoken[0]) - MARGIN)
-    end = int(spoken[-1]) + 1 + MARGIN
-    inner = spoken[1:-1] if len(spoken) > 2 else spoken
+    spoken = (power >= voice_level(power) - 8).nonzero()[:, 0].tolist()  # the frames' numbers
+    start = max(0, spoken[0] - MARGIN)
+    end = spoken[-1] + 1 + MARGIN
+    inner = spoken[1:-1] or spoken
     speech, level = mels[inner], power[inner]                            # (N, 80), (N,)
     # All else is raised to what the room sounds like in the quietest tenth of the speech, so that
     # a pause of zeros, or of a cleaner recording, is like one of the clip's own.
@@ -231,16 +224,16 @@ class Utterance:
     speaker: str     # '' where it is not known
     where: str       # 'manifest.jsonl:12', for messages
     offset: float | None = None  # seconds; None: the whole recording, not a part of one
-    # Where it was decoded:
-    sound: str = ''       # a digest of it
-    narrow: bool = False  # is_narrow
+    narrow: bool = False         # is_narrow, where it was decoded
 
     def __post_init__(self):
-        # Of its features; of the recording itself as long as that was not decoded.
+        # As long as it was not decoded: the recording's frames, not those of its features; and
+        # what no other recording has, not a digest of its sound.
         self.frames = ceil(round(self.duration * SAMPLE_RATE) / HOP)
+        self.sound = self.where
 
 
-def load_utterance(u: Utterance, channel: int = 0) -> tuple[Tensor, int]:
+def load_utterance(u: Utterance, channel: int = 0) -> tuple:
     """An utterance's wave (S,) and rate. Raises UserError, and ValueError where the
     recording does not last as long as its corpus says."""
     wave, rate = read_audio(u.path, channel)
@@ -281,7 +274,7 @@ class Speech:
         name = zlib.crc32(f'{u.path.stem} {u.text}'.encode())
         return default_rng([self.seed, epoch, name, purpose])
 
-    def draw(self, epoch: int, u: Utterance) -> tuple[list, int]:
+    def draw(self, epoch: int, u: Utterance) -> tuple:
         """What an item is in an epoch: the utterance and, by the chance `concat`, one more of its
         speaker's; and its speed, from 90 to 110 per cent of the recording's own.
 
@@ -289,14 +282,16 @@ class Speech:
         (random utterance concatenation, Lin et al. 2022). Recordings are joined as they are: of two
         that are 35 dB apart, the quieter one is taken for silence.
         """
-        speed = int(self.rng(epoch, u, 0).integers(90, 111)) if self.speed_perturb else 100
+        parts, speed = [u], 100
+        if self.speed_perturb:
+            speed = int(self.rng(epoch, u, 0).integers(90, 111))
         rng = self.rng(epoch, u, 2)
-        if rng.random() >= self.concat:
-            return [u], speed
-        same_speaker = self.of_speaker[u.speaker]
-        return [u, same_speaker[rng.integers(len(same_speaker))]], speed
+        if rng.random() < self.concat:
+            same_speaker = self.of_speaker[u.speaker]
+            parts.append(same_speaker[rng.integers(len(same_speaker))])
+        return parts, speed
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple:
         epoch, index = item
         u = self.utterances[index]
         with error_at(u.where):
@@ -327,10 +322,11 @@ class Batch(NamedTuple):
 def collate(items: Sequence) -> Batch:
     """Items of Speech -> a Batch."""
     mels, targets, indices = zip(*items)
-    lengths = torch.tensor(list(map(len, mels)))
-    target_lengths = torch.tensor(list(map(len, targets)))
+    lengths = torch.tensor([*map(len, mels)])
+    target_lengths = torch.tensor([*map(len, targets)])
     padded = pad_sequence(mels, batch_first=True)
-    padded = F.pad(padded, (0, 0, 0, -padded.shape[1] % PAD_TO))
+    # To a multiple of 16 frames: few different shapes are faster than exact ones.
+    padded = F.pad(padded, (0, 0, 0, -padded.shape[1] % 16))
     targets = pad_sequence(targets, batch_first=True)
     return Batch(padded[:, None], lengths, targets, target_lengths, indices)
 
@@ -361,10 +357,10 @@ def training_batches(
 
 def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
     """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
-    for memory."""
+    for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
     batches = []
     for i in sorted(range(len(utterances)), key=lambda i: utterances[i].frames):
-        fitting = EVALUATED_FRAMES // utterances[i].frames
+        fitting = 64_000 // utterances[i].frames
         if not batches or len(batches[-1]) >= min(batch_size, fitting):
             batches.append([])
         batches[-1].append((0, i))
@@ -398,7 +394,8 @@ def normalise_text(text: str) -> str:
 def make_alphabet(utterances: Sequence, known: Sequence = ('',)) -> list:
     """The known characters, and then every other one of the transcripts; symbol 0 is CTC's blank
     and stands for no character."""
-    return [*known, *sorted({character for u in utterances for character in u.text} - {*known})]
+    characters = {*''.join(u.text for u in utterances)}
+    return [*known, *sorted(characters - {*known})]
 
 
 def encode(text: str, alphabet: list) -> list:
@@ -441,7 +438,6 @@ NAMES = {
     'transcription': 'text',
     'client_id': 'speaker',
 }
-SUFFIXES = ('', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus')
 
 
 # The readers of corpora yield for each row where it stands, and its fields as a dict or as JSON.
@@ -475,7 +471,7 @@ def librispeech_rows(path: Path) -> Iterator:
     """A LibriSpeech speaker/chapter/*.trans.txt: "84-121123-0001 GO DO YOU HEAR", of speaker 84."""
     for where, line in numbered_lines(path):
         name, _, text = line.partition(' ')
-        speaker, _, _ = name.rpartition('-')[0].partition('-')
+        speaker, *_ = name.split('-')
         yield where, {'audio': name, 'text': text, 'speaker': speaker}
 
 
@@ -512,7 +508,7 @@ def find_audio(name: str, folder: Path) -> Path:
     name = name.replace('\\', '/')  # of Windows
     for form in 'NFC', 'NFD':  # letters with their accents, and apart from them as on a Mac
         for place in folder, folder / 'clips':
-            for suffix in SUFFIXES:
+            for suffix in '', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus':
                 audio = place / f'{unicodedata.normalize(form, name)}{suffix}'
                 if audio.is_file():
                     return audio
@@ -532,7 +528,7 @@ def make_utterance(row: dict | str, where: str) -> Utterance:
     path = find_audio(row['audio'], Path(where).parent)
     start = float(row.get('offset', 0))
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
-    if not 0 <= start < start + duration - 0.001 < LONGEST:
+    if not 0 <= start < start + duration - 0.001 < HOUR:
         raise ValueError(f'duration {duration} s, offset {start} s: not within an hour')
     speaker = str(row.get('speaker', ''))
     return Utterance(path, text, duration, speaker, where, start if 'offset' in row else None)
@@ -548,7 +544,7 @@ def listing(faults: dict, where: str) -> Iterator[None]:
         faults.setdefault(where, str(error))
 
 
-def read_corpus(path: str | Path, split: str = 'train') -> tuple[list, dict]:
+def read_corpus(path: str | Path, split: str = 'train') -> tuple:
     """A corpus -> its Utterances sorted by file name, and what is wrong with others {where:
     message}.
 
@@ -582,9 +578,9 @@ class Splits(NamedTuple):
     problems: dict   # {what is wrong: names of files} of usable recordings
 
 
-def hold_out(train: list, seed: int) -> tuple[list, list]:
+def hold_out(train: list, seed: int) -> tuple:
     """Training without a tenth, and that tenth for validation: whole speakers where all are known,
-    and ten or more, but none who has more than a tenth of the utterances; else recordings, at
+    and ten or more, but none who has more than a tenth of the utterances; else utterances, at
     random. Recordings of the same sound stay together. Prints how many, and which of the two."""
     choice = 'whole speakers'
     groups = [u.speaker for u in train]
@@ -592,16 +588,13 @@ def hold_out(train: list, seed: int) -> tuple[list, list]:
     small = [speaker for speaker in sizes if sizes[speaker] <= len(train) / 10]
     if len(small) < 9 or '' in groups:
         choice = 'at random: not all speakers are known, or under ten have their share'
-        groups = [u.path.stem for u in train]  # segments of one file stay together
-        if len(set(groups)) == 1:
-            groups = [u.where for u in train]  # but those of a single one
-        small = sizes = set(groups)
+        groups = small = sizes = range(len(train))
     shuffled = default_rng(seed).permutation(sorted(small))
     held_out = set(shuffled[:ceil(len(sizes) / 10)])
-    sounds = {u.sound for u, group in zip(train, groups) if group in held_out} - {''}
+    sounds = {u.sound for u, group in zip(train, groups) if group in held_out}
     parts = [], []
-    for u, group in zip(train, groups):
-        parts[group in held_out or u.sound in sounds].append(u)
+    for u in train:
+        parts[u.sound in sounds].append(u)
     print(f'held out for validation: {len(parts[1])} utterances, {choice}')
     return parts
 
@@ -619,32 +612,31 @@ def read_splits(
     If there are at most check_up_to utterances, every file is decoded, and its true duration taken.
     Raises UserError where a corpus cannot be read at all.
     """
-    splits = Splits([], [], [], {}, defaultdict(list))
-    sides = splits[:3]
-    for side, name, path in zip(sides, splits._fields, (train, valid, test)):
+    sides, faults, problems = ([], [], []), {}, defaultdict(list)
+    for side, name, path in zip(sides, Splits._fields, (train, valid, test)):
         if path not in (None, 'none'):
-            utterances, faults = read_corpus(path, name)
+            utterances, wrong = read_corpus(path, name)
             side += utterances
-            splits.faults.update(faults)
+            faults |= wrong
     utterances, twins = sum(sides, []), {}
     if len(utterances) <= check_up_to:
         for u in progress(utterances, 'checking recordings'):
-            with listing(splits.faults, u.where):
+            with listing(faults, u.where):
                 for problem in check_recording(u, twins):
-                    splits.problems[problem].append(u.path.name)
-    for u in splits.train:
-        with listing(splits.faults, u.where):
+                    problems[problem].append(u.path.name)
+    for u in sides[0]:
+        with listing(faults, u.where):
             # The silence that features() puts round a clip does not count.
             frames = min(u.frames, u.duration / FRAME_SECONDS)
             if not can_align(u.text, frames, frames_per_output):
                 raise ValueError(TOO_SHORT)
-            if u.duration > MAX_SECONDS:
-                raise ValueError(f'training takes up to {MAX_SECONDS} s; cut or remove it')
-    for side in sides:
-        side[:] = [u for u in side if u.where not in splits.faults]
-    if valid is None and len(splits.train) > 1:
-        splits.train[:], splits.valid[:] = hold_out(splits.train, seed)
-    return splits
+            if u.duration > 40:
+                raise ValueError('training takes up to 40 s; cut or remove it')
+    hold = valid is None
+    train, valid, test = ([u for u in side if u.where not in faults] for side in sides)
+    if hold and len(train) > 1:
+        train, valid = hold_out(train, seed)
+    return Splits(train, valid, test, faults, problems)
 
 
 # ---- inspection ----------------------------------------------------------------------------------
@@ -665,12 +657,12 @@ def check_recording(u: Utterance, twins: dict) -> list:
     u.sound = hashlib.sha256(wave.numpy()).hexdigest()
     twin = twins.setdefault(u.sound, u)
     size = wave.abs()
-    at_peak = size >= 0.9999 * size.max()
+    at_peak = size > 0.9999 * size.max()
     mels = log_mels(F.pad(at_16_khz, (WINDOW, WINDOW)))
     problems = {
         'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
         'clipped, the peaks are flat':  # five times, three samples in a row
-            size.any() and at_peak.unfold(0, 3, 1).all(1).sum() >= 5,
+            at_peak.unfold(0, 3, 1).all(1).sum() >= 5,
         'digital silence for more than a fifth of it': (wave == 0).float().mean() > 0.2,
         'a click or a bang far louder than the voice': not mels.equal(repair_clicks(mels)),
         'narrow-band, as from a telephone: nothing above 4 kHz': u.narrow,
@@ -701,7 +693,7 @@ def describe_corpus(
         plateaus[name] = monitor.plateau_lines(targets, outputs, len(alphabet))
     outputs_a_label = sum(outputs) / sum(map(len, targets))  # of training, which came last
     seconds = [u.duration for u in train]
-    hours = sum(seconds) / 3600
+    hours = sum(seconds) / HOUR
     texts = [u.text for u in train]
     sentences = set(texts)
     counts = dict(Counter(' '.join(texts)).most_common())
@@ -836,10 +828,10 @@ def plan_phones(words: list, tract: float, accent: dict, tempo: float, rng: Gene
     return np.array(segments[-1:] + segments[:-1]).T, spans
 
 
-def glide(values: np.ndarray, steps: np.ndarray, width: int) -> Tensor:
-    """Values of segments -> of steps (n,), their moving average with a Hann window of `width`."""
+def glide(values: np.ndarray, width: int) -> Tensor:
+    """The moving average of values (n,) with a Hann window of `width`."""
     kernel = np.hanning(width + 2)
-    padded = np.pad(np.repeat(values, steps), width, 'edge')
+    padded = np.pad(values, width, 'edge')
     average = np.convolve(padded, kernel / kernel.sum(), 'same')[width:-width]
     return torch.tensor(average).float()
 
@@ -868,7 +860,7 @@ def unit_power(response: Tensor) -> Tensor:
 
 def tube_response(tract: float, formants: list) -> Tensor:
     """The vocal tract's (257, n): a resonance for each formant, the fourth and above fixed."""
-    response = torch.ones(257, 1)
+    response = 1
     upper = tract * torch.arange(3500, 8000, 1000)
     for f in *upper, *formants:
         bandwidth = 50 + f / 20  # Hz
@@ -877,7 +869,7 @@ def tube_response(tract: float, formants: list) -> Tensor:
     return 1 / response
 
 
-def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
+def synthesise(text: str, speaker: int = 0) -> tuple:
     """Say words of WORDS in the voice of a speaker, a whole number from 0.
 
     -> wave (S,) float32 at 16 kHz, and [(word, start, end)] in seconds. The same arguments give the
@@ -898,22 +890,22 @@ def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
 
     rng = default_rng([0, speaker, zlib.crc32(text.encode())])
     planned, spans = plan_phones(words, tract, accent, tempo, rng)
-    steps, *formants, voiced, hissed = planned[:6]
-    centres, octaves = torch.tensor(planned[6:]).float()
-    steps = steps.astype(int)
+    steps = planned[0].astype(int)
     ends = (np.cumsum(steps) * STEP / SAMPLE_RATE).tolist()
+    centres, octaves = torch.tensor(planned[6:]).float()
+    _, *formants, voiced, hissed = planned[:6].repeat(steps, 1)         # of every step
 
     # Coarticulation: formants glide for 50 ms from phone to phone, voicing sets in over 56 ms,
     # noise within 16.
-    formants = [glide(formant, steps, 13) for formant in formants]
-    voiced = glide(10 ** (voiced / 20), steps, 14)
-    hissed = glide(10 ** (hissed / 20), steps, 4)
+    formants = [glide(formant, 13) for formant in formants]
+    voiced = glide(10 ** (voiced / 20), 14)
+    hissed = glide(10 ** (hissed / 20), 4)
 
     pulses, noise = make_source(pitch, steps.sum(), rng)
     tube = tube_response(tract, formants)
     # The hiss is a bell over the logarithm of frequency, the room 10 to 35 dB below a vowel.
     distance = (HERTZ.clamp(50) / 1000 / centres).log2() / octaves
-    bell = unit_power((-(distance ** 2) / 2).exp())
+    bell = unit_power((-(distance ** 2) / 2).exp())                     # of every segment
     bell = bell.repeat_interleave(torch.tensor(steps), 1)
     colour = 1 / (1 + HERTZ / 10 ** rng.uniform(2, 3.7))
     room = unit_power(colour) * 10 ** (-rng.uniform(10, 35) / 20)
@@ -928,11 +920,10 @@ def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
 
 
 def speak_corpus(folder: Path) -> None:
-    """Speak the built-in corpus into a new folder: texts of one to six random words. Raises
-    OSError."""
+    """Speak the built-in corpus into a folder: texts of one to six random words. Raises OSError."""
     for split, (first_speaker, speakers, utterances) in BUILTIN.items():
         rng = default_rng(first_speaker)
-        (folder / split).mkdir(parents=True)
+        (folder / split).mkdir(parents=True, exist_ok=True)
         with open(folder / f'{split}.jsonl', 'w') as manifest:
             for i in progress(range(utterances), f'speaking {split}'):
                 path = f'{split}/{i:04}.flac'
@@ -948,17 +939,14 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
     """Speak the built-in corpus into a folder, once -> {'train': manifest, 'valid': ..., 'test':
     ...}.
 
-    No speaker is in two of them. Raises OSError where the folder cannot be made.
+    No speaker is in two of them. Raises UserError where the folder cannot be made.
     """
     if not os.path.exists(folder):
         print(f'speaking the built-in corpus into {folder}, once', flush=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # of many small operations, threads would wait for each other
-        with tempfile.TemporaryDirectory(prefix='unfinished.', dir=Path(folder).parent) as parent:
-            spoken = Path(parent) / 'corpus'
-            speak_corpus(spoken)
-            with suppress(OSError):  # another process may have been at it, and faster
-                spoken.rename(folder)
+        with whole_file(folder) as unfinished:
+            speak_corpus(unfinished)
         torch.set_num_threads(threads)
     return {split: f'{folder}/{split}.jsonl' for split in BUILTIN}
 
@@ -967,7 +955,7 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Where to write a file that takes its name once it is whole. Raises UserError."""
+    """Where to write a file or folder that takes its name once it is whole. Raises UserError."""
     with error_at(path):
         part = Path(path).with_name(f'unfinished.{Path(path).name}')
         yield part
@@ -991,9 +979,8 @@ def inspect_corpus(path: str) -> None:
         describe_corpus(splits, FRAMES_PER_OUTPUT)
     for problem, names in splits.problems.items():
         print(f'{len(names)} files {problem}: {" ".join(names)}')
-    if splits.faults or not splits.valid:
-        left = f'{len(splits.train)} left for training, {len(splits.valid)} to validate'
-        raise UserError('\n'.join([*splits.faults.values(), left]))
+    if splits.faults:
+        raise UserError('\n'.join(splits.faults.values()))
 
 
 def main(argv: Sequence | None = None) -> None:
