@@ -85,10 +85,10 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
             if rate > 384_000 or file.frames > HOUR * min(rate, 48000):
-                raise ValueError(f'{file.frames} samples at {rate} Hz: over an hour, or 384 kHz')
+                raise ValueError('it lasts over an hour, or its rate is over 384 kHz')
             for said, found in re.findall(r': (\d+) \(should be (\d+)\)', file.extra_info):
                 if int(found) < int(said) < 0x7FFF0000:
-                    raise ValueError(f'cut off: its header says {said} bytes, and not {found}')
+                    raise ValueError('cut off: it is shorter than its header says')
             if channel > file.channels:
                 raise ValueError(f'it has no channel {channel}')
             channels = file.read(dtype='float32', always_2d=True)
@@ -117,10 +117,9 @@ def mel_filters() -> Tensor:
     """
     log_step = np.log(6.4) / 27  # above 1 kHz, 27 mels lead from 1 to 6.4 kHz
     mels = np.linspace(0, 15 + np.log(8) / log_step, N_MELS + 2)
-    logarithmic = 1000 * np.exp(log_step * (mels - 15))
-    edges = np.where(mels < 15, mels * 200 / 3, logarithmic)
-    triangles = [np.interp(HERTZ, edges[band:band + 3], [0, 1, 0])
-                 for band in range(N_MELS)]
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(log_step * (mels - 15)))
+    # A triangle is 1 at its own peak and 0 at all others.
+    triangles = [np.interp(HERTZ, edges, peaks) for peaks in np.eye(N_MELS + 2)[1:-1]]
     return torch.tensor(np.hstack(triangles)).float()
 
 
@@ -208,8 +207,8 @@ def spec_augment(mels: Tensor, rng: Generator) -> None:
     bands = [(1, 15)] * 2
     stretches = [(0, min(25, len(mels) // 4))] * ceil(len(mels) / 100)
     for axis, widest in bands + stretches:
-        width = int(rng.integers(widest + 1))
-        start = int(rng.integers(mels.shape[axis] - width + 1))
+        width = rng.integers(widest + 1)
+        start = rng.integers(mels.shape[axis] - width + 1)
         mels.narrow(axis, start, width).zero_()
 
 
@@ -291,7 +290,7 @@ class Speech:
             parts.append(same_speaker[rng.integers(len(same_speaker))])
         return parts, speed
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple:
+    def __getitem__(self, item: tuple) -> tuple:
         epoch, index = item
         u = self.utterances[index]
         with error_at(u.where):
@@ -349,7 +348,7 @@ def training_batches(
     drawn = [speech.draw(epoch, u) for u in speech.utterances]
     frames = [sum(u.frames for u in parts) / speed * 100 for parts, speed in drawn]
     jittered = frames * rng.uniform(0.98, 1.02, len(frames))
-    items = [(epoch, index) for index in np.argsort(jittered, kind='stable').tolist()]
+    items = [(epoch, index) for index in np.argsort(jittered).tolist()]
     batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
     rng.shuffle(batches)
     return [batch[rank::ranks] or batch[:1] for batch in batches]
@@ -394,8 +393,7 @@ def normalise_text(text: str) -> str:
 def make_alphabet(utterances: Sequence, known: Sequence = ('',)) -> list:
     """The known characters, and then every other one of the transcripts; symbol 0 is CTC's blank
     and stands for no character."""
-    characters = {*''.join(u.text for u in utterances)}
-    return [*known, *sorted(characters - {*known})]
+    return [*known, *sorted({*''.join(u.text for u in utterances)} - {*known})]
 
 
 def encode(text: str, alphabet: list) -> list:
@@ -530,12 +528,12 @@ def make_utterance(row: dict | str, where: str) -> Utterance:
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
     if not 0 <= start < start + duration - 0.001 < HOUR:
         raise ValueError(f'duration {duration} s, offset {start} s: not within an hour')
-    speaker = str(row.get('speaker', ''))
-    return Utterance(path, text, duration, speaker, where, start if 'offset' in row else None)
+    part = start if 'offset' in row else None
+    return Utterance(path, text, duration, str(row.get('speaker', '')), where, part)
 
 
 @contextmanager
-def listing(faults: dict, where: str) -> Iterator[None]:
+def listing(faults: dict, where: str) -> Iterator:
     """List what is wrong at a place, {where: message}, and go on."""
     try:
         with error_at(where):
@@ -558,14 +556,15 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple:
         files = [*folder.rglob('[!.]*.trans.txt'), *folder.glob(f'etc/*{split}*.transcription')]
         files = sorted(files) or [folder]
         if files[0].suffix not in FORMS:
-            raise ValueError(f'it should end in one of {" ".join(FORMS)}, or be a folder with '
+            raise ValueError('it should end in .jsonl, .json, .csv or .tsv, or be a folder with '
                              '*.trans.txt or etc/*.transcription')
         for file in files:
             for where, row in FORMS[file.suffix](file):
                 with listing(faults, where):
                     utterances.append(make_utterance(row, where))
-        if faults and not utterances:
-            raise UserError(f'none of {len(faults)} rows is right; {min(faults.values())}')
+        if not utterances:
+            fault = min(faults.values(), default='it is empty')
+            raise UserError(f'none of {len(faults)} rows is right; {fault}')
     return sorted(utterances, key=lambda u: u.path.stem), faults
 
 
@@ -622,8 +621,9 @@ def read_splits(
     if len(utterances) <= check_up_to:
         for u in progress(utterances, 'checking recordings'):
             with listing(faults, u.where):
-                for problem in check_recording(u, twins):
-                    problems[problem].append(u.path.name)
+                for problem, found in check_recording(u, twins).items():
+                    if found:
+                        problems[problem].append(u.path.name)
     for u in sides[0]:
         with listing(faults, u.where):
             # The silence that features() puts round a clip does not count.
@@ -641,9 +641,9 @@ def read_splits(
 
 # ---- inspection ----------------------------------------------------------------------------------
 
-def check_recording(u: Utterance, twins: dict) -> list:
+def check_recording(u: Utterance, twins: dict) -> dict:
     """Decode a recording, note its true duration, frames, sound and whether it is narrow-band ->
-    what may be wrong with it.
+    {what may be wrong with it: whether it is}.
 
     twins: the first utterance of each sound. Raises what load_utterance raises. Training and
     transcription tolerate silence and clicks, which are still worth checking.
@@ -659,7 +659,7 @@ def check_recording(u: Utterance, twins: dict) -> list:
     size = wave.abs()
     at_peak = size > 0.9999 * size.max()
     mels = log_mels(F.pad(at_16_khz, (WINDOW, WINDOW)))
-    problems = {
+    return {
         'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
         'clipped, the peaks are flat':  # five times, three samples in a row
             at_peak.unfold(0, 3, 1).all(1).sum() >= 5,
@@ -671,7 +671,6 @@ def check_recording(u: Utterance, twins: dict) -> list:
         'of the same sound as another': twin is not u,
         'of the same sound as another, and another text': twin.text != u.text,
     }
-    return [problem for problem, found in problems.items() if found]
 
 
 def describe_corpus(
@@ -684,19 +683,19 @@ def describe_corpus(
     some are narrow-band), plateaus (losses in nats per label of uniform and of constant output),
     and digest, by which a change of texts or durations is seen.
     """
-    train, valid = splits.train, splits.valid
+    train, valid, test, *_ = splits
     alphabet = make_alphabet(train, known)
     plateaus = {}  # nats per label: of uniform, of constant output
     for name, utterances in ('valid_plateaus', valid), ('plateaus', train):
         outputs = [ceil(u.frames / frames_per_output) for u in utterances]
         targets = [encode(u.text, alphabet) for u in utterances]
         plateaus[name] = monitor.plateau_lines(targets, outputs, len(alphabet))
-    outputs_a_label = sum(outputs) / sum(map(len, targets))  # of training, which came last
+    density = sum(outputs) / sum(map(len, targets))  # of training, which came last
     seconds = [u.duration for u in train]
     hours = sum(seconds) / HOUR
     texts = [u.text for u in train]
     sentences = set(texts)
-    counts = dict(Counter(' '.join(texts)).most_common())
+    counts = Counter(' '.join(texts))
     marks = [c for c in counts if c not in "-'" and unicodedata.category(c)[0] in 'PSN']
     print(f'training    {len(train)} utterances, {hours:.2f} hours, '
           f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)\n'
@@ -707,10 +706,10 @@ def describe_corpus(
           f'characters  {counts}\n'
           f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
-          f'outputs     {outputs_a_label:.1f} a label (under 2: fast speech, try a lower '
+          f'outputs     {density:.1f} a label (under 2: fast speech, try a lower '
           '--frames_per_output)',
           *monitor.unrelated_lengths([*zip(seconds, map(len, texts))]), sep='\n')
-    known = [f'{u.text} {u.duration}' for u in train + valid + splits.test]
+    known = [f'{u.text} {u.duration}' for u in train + valid + test]
     return {
         'alphabet': alphabet,
         'utterances': len(train),
@@ -825,7 +824,7 @@ def plan_phones(words: list, tract: float, accent: dict, tempo: float, rng: Gene
             longest = 1500 if chance < 0.15 and not last else 300  # a quarter: pauses
             add(phone, rng.uniform(30, longest), 200, 200)
     add(segments[0], 4 * rng.integers(40, 100), 200, 200)
-    return np.array(segments[-1:] + segments[:-1]).T, spans
+    return np.roll(segments, 1, 0).T, spans  # the last added comes first
 
 
 def glide(values: np.ndarray, width: int) -> Tensor:
@@ -891,7 +890,7 @@ def synthesise(text: str, speaker: int = 0) -> tuple:
     rng = default_rng([0, speaker, zlib.crc32(text.encode())])
     planned, spans = plan_phones(words, tract, accent, tempo, rng)
     steps = planned[0].astype(int)
-    ends = (np.cumsum(steps) * STEP / SAMPLE_RATE).tolist()
+    ends = np.cumsum(steps) / 250  # seconds
     centres, octaves = torch.tensor(planned[6:]).float()
     _, *formants, voiced, hissed = planned[:6].repeat(steps, 1)         # of every step
 
@@ -954,7 +953,7 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
 # ---- files, progress, and python data.py ---------------------------------------------------------
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path) -> Iterator:
     """Where to write a file or folder that takes its name once it is whole. Raises UserError."""
     with error_at(path):
         part = Path(path).with_name(f'unfinished.{Path(path).name}')
