@@ -14,21 +14,21 @@ corpus).
 """
 import argparse
 import csv
-import hashlib
 import json
 import os
 import re
 import sys
-import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from hashlib import sha256
 from math import ceil, inf
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import category, normalize
+from zlib import crc32
 
 import numpy as np
 import soundfile
@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from numpy.random import Generator, default_rng
 from torch import Tensor
+from torch.fft import irfft, rfft
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
@@ -68,8 +69,7 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     # Whole blocks keep the ratio exact, 32 at a time the transform fast; the zeros keep the end
     # from wrapping round to the start.
     blocks = ceil((len(wave) + 512) / down / 32) * 32
-    spectrum = torch.fft.rfft(wave, blocks * down)
-    resampled = torch.fft.irfft(spectrum, blocks * up)
+    resampled = irfft(rfft(wave, blocks * down), blocks * up)
     return resampled[:ceil(len(wave) * up / down)] * (up / down)
 
 
@@ -105,7 +105,7 @@ def read_wave(path: str | Path, channel: int = 0) -> Tensor:
 
 def is_narrow(wave: Tensor) -> bool:
     """Whether a wave (S,) at 16 kHz has nothing above 4.2 kHz, as speech from a telephone."""
-    power = torch.fft.rfft(wave).abs().square()
+    power = rfft(wave).abs().square()
     return bool(power[len(power) * 42 // 80:].sum() < 1e-5 * power.sum())
 
 
@@ -135,8 +135,7 @@ def log_mels(wave: Tensor) -> Tensor:
     margin = (WINDOW - HOP) // 2
     padded = F.pad(wave, (margin, frames * HOP + margin - len(wave)))
     windows = padded.unfold(0, WINDOW, HOP)                             # (T, 400)
-    windows = windows * torch.hann_window(WINDOW)
-    spectrum = torch.fft.rfft(windows, n=512)                           # (T, 257)
+    spectrum = rfft(windows * torch.hann_window(WINDOW), n=512)         # (T, 257)
     power = spectrum.real ** 2 + spectrum.imag ** 2
     return (power @ MEL_FILTERS + LOG_FLOOR).log()
 
@@ -270,7 +269,7 @@ class Speech:
 
         Seeded by name and text: it keeps its augmentation in a subset or in another order.
         """
-        name = zlib.crc32(f'{u.path.stem} {u.text}'.encode())
+        name = crc32(f'{u.path.stem} {u.text}'.encode())
         return default_rng([self.seed, epoch, name, purpose])
 
     def draw(self, epoch: int, u: Utterance) -> tuple:
@@ -384,10 +383,10 @@ def loader(speech: Speech, batches: list, workers: int = 0) -> DataLoader:
 def normalise_text(text: str) -> str:
     """Lower case, NFKC (one code point for a letter and its accent; ligatures, full-width letters
     and the like as their plain ones), one apostrophe, single spaces, nothing invisible."""
-    plain = unicodedata.normalize('NFKC', text).lower().replace('i\u0307', 'i')  # of a Turkish I
+    plain = normalize('NFKC', text).lower().replace('i\u0307', 'i')  # of a Turkish I
     plain = re.sub("[\u2018\u2019\u02bc]", "'", plain)
-    visible = ''.join(c for c in plain if unicodedata.category(c) != 'Cf')
-    return unicodedata.normalize('NFC', ' '.join(visible.split()))
+    visible = ''.join(c for c in plain if category(c) != 'Cf')
+    return normalize('NFC', ' '.join(visible.split()))
 
 
 def make_alphabet(utterances: Sequence, known: Sequence = ('',)) -> list:
@@ -507,7 +506,7 @@ def find_audio(name: str, folder: Path) -> Path:
     for form in 'NFC', 'NFD':  # letters with their accents, and apart from them as on a Mac
         for place in folder, folder / 'clips':
             for suffix in '', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus':
-                audio = place / f'{unicodedata.normalize(form, name)}{suffix}'
+                audio = place / f'{normalize(form, name)}{suffix}'
                 if audio.is_file():
                     return audio
     raise ValueError(f'{folder / name} is not a file, nor is one of that name in clips/')
@@ -528,8 +527,8 @@ def make_utterance(row: dict | str, where: str) -> Utterance:
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
     if not 0 <= start < start + duration - 0.001 < HOUR:
         raise ValueError(f'duration {duration} s, offset {start} s: not within an hour')
-    part = start if 'offset' in row else None
-    return Utterance(path, text, duration, str(row.get('speaker', '')), where, part)
+    offset = start if 'offset' in row else None
+    return Utterance(path, text, duration, str(row.get('speaker', '')), where, offset)
 
 
 @contextmanager
@@ -553,8 +552,10 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple:
     utterances, faults = [], {}
     with error_at(path):
         folder = Path(path)
-        files = [*folder.rglob('[!.]*.trans.txt'), *folder.glob(f'etc/*{split}*.transcription')]
-        files = sorted(files) or [folder]
+        files = sorted([
+            *folder.rglob('[!.]*.trans.txt'),
+            *folder.glob(f'etc/*{split}*.transcription'),
+        ]) or [folder]
         if files[0].suffix not in FORMS:
             raise ValueError('it should end in .jsonl, .json, .csv or .tsv, or be a folder with '
                              '*.trans.txt or etc/*.transcription')
@@ -654,7 +655,7 @@ def check_recording(u: Utterance, twins: dict) -> dict:
     u.duration = len(wave) / rate
     u.frames = len(features(at_16_khz)[0])
     u.narrow = is_narrow(at_16_khz)
-    u.sound = hashlib.sha256(wave.numpy()).hexdigest()
+    u.sound = sha256(wave.numpy()).hexdigest()
     twin = twins.setdefault(u.sound, u)
     size = wave.abs()
     at_peak = size > 0.9999 * size.max()
@@ -696,7 +697,7 @@ def describe_corpus(
     texts = [u.text for u in train]
     sentences = set(texts)
     counts = Counter(' '.join(texts))
-    marks = [c for c in counts if c not in "-'" and unicodedata.category(c)[0] in 'PSN']
+    marks = [c for c in counts if c not in "-'" and category(c)[0] in 'PSN']
     print(f'training    {len(train)} utterances, {hours:.2f} hours, '
           f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)\n'
           f'validation  {len(valid)} utterances\n'
@@ -715,7 +716,7 @@ def describe_corpus(
         'utterances': len(train),
         'hours': hours,
         'narrow': any(u.narrow for u in train),
-        'digest': hashlib.sha256('\n'.join(known).encode()).hexdigest(),
+        'digest': sha256('\n'.join(known).encode()).hexdigest(),
         **plateaus,
     }
 
@@ -881,13 +882,14 @@ def synthesise(text: str, speaker: int = 0) -> tuple:
     # The voice: factors of its formants (a shorter tract has higher ones, and a higher pitch) and
     # of its speed, the level of its breath in dB, where its source's slope begins in Hz.
     rng = default_rng([0, speaker])
-    lowest = [0.85, 0.65, -30, 800]
-    highest = [1.15, 1.1, -15, 2500]
-    tract, tempo, breath, corner = rng.uniform(lowest, highest)
+    tract, tempo, breath, corner = rng.uniform(
+        [0.85, 0.65, -30, 800],  # the lowest of each
+        [1.15, 1.1, -15, 2500],  # the highest
+    )
     pitch = 140 * tract ** 3 * rng.uniform(0.8, 1.25)
     accent = dict(zip(PHONES, tract * rng.normal(1, 0.06, (len(PHONES), 3))))
 
-    rng = default_rng([0, speaker, zlib.crc32(text.encode())])
+    rng = default_rng([0, speaker, crc32(text.encode())])
     planned, spans = plan_phones(words, tract, accent, tempo, rng)
     steps = planned[0].astype(int)
     ends = np.cumsum(steps) / 250  # seconds
@@ -922,7 +924,7 @@ def speak_corpus(folder: Path) -> None:
     """Speak the built-in corpus into a folder: texts of one to six random words. Raises OSError."""
     for split, (first_speaker, speakers, utterances) in BUILTIN.items():
         rng = default_rng(first_speaker)
-        (folder / split).mkdir(parents=True, exist_ok=True)
+        os.makedirs(folder / split, exist_ok=True)
         with open(folder / f'{split}.jsonl', 'w') as manifest:
             for i in progress(range(utterances), f'speaking {split}'):
                 path = f'{split}/{i:04}.flac'
@@ -930,8 +932,8 @@ def speak_corpus(folder: Path) -> None:
                 speaker = first_speaker + i % speakers
                 wave, _ = synthesise(text, speaker)
                 soundfile.write(folder / path, wave, SAMPLE_RATE)
-                row = {'path': path, 'text': text, 'speaker': speaker}
-                print(json.dumps(row), file=manifest)
+                row = json.dumps({'path': path, 'text': text, 'speaker': speaker})
+                print(row, file=manifest)
 
 
 def builtin_corpus(folder: str = 'corpus') -> dict:
@@ -958,7 +960,7 @@ def whole_file(path: str | Path) -> Iterator:
     with error_at(path):
         part = Path(path).with_name(f'unfinished.{Path(path).name}')
         yield part
-        os.replace(part, path)
+        part.replace(path)
 
 
 def progress(items: Sequence, what: str) -> Iterator:
@@ -977,7 +979,7 @@ def inspect_corpus(path: str) -> None:
     if splits.train:
         describe_corpus(splits, FRAMES_PER_OUTPUT)
     for problem, names in splits.problems.items():
-        print(f'{len(names)} files {problem}: {" ".join(names)}')
+        print(f'{len(names)} files {problem}:', *names)
     if splits.faults:
         raise UserError('\n'.join(splits.faults.values()))
 
