@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
-from math import ceil, inf
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import category, normalize
@@ -84,7 +84,7 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple:
         os.stat(path)  # whose errors tell more than libsndfile's
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
-            if rate > 384_000 or file.frames > HOUR * min(rate, 48000):
+            if rate > 384_000 or file.frames > HOUR * rate:
                 raise ValueError('it lasts over an hour, or its rate is over 384 kHz')
             for said, found in re.findall(r': (\d+) \(should be (\d+)\)', file.extra_info):
                 if int(found) < int(said) < 0x7FFF0000:
@@ -221,7 +221,7 @@ class Utterance:
     duration: float  # seconds
     speaker: str     # '' where it is not known
     where: str       # 'manifest.jsonl:12', for messages
-    offset: float | None = None  # seconds; None: the whole recording, not a part of one
+    offset: float = None  # seconds; None: the whole recording, not a part of one
     narrow: bool = False         # is_narrow, where it was decoded
 
     def __post_init__(self):
@@ -345,7 +345,7 @@ def training_batches(
     """
     rng = default_rng([speech.seed, epoch])
     drawn = [speech.draw(epoch, u) for u in speech.utterances]
-    frames = [sum(u.frames for u in parts) / speed * 100 for parts, speed in drawn]
+    frames = [sum(u.frames for u in parts) / speed for parts, speed in drawn]  # in proportion
     jittered = frames * rng.uniform(0.98, 1.02, len(frames))
     items = [(epoch, index) for index in np.argsort(jittered).tolist()]
     batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
@@ -447,12 +447,12 @@ def numbered_lines(path: Path) -> Iterator:
     becomes lone surrogates, which are refused in the row that has them.
     """
     text = path.read_text(encoding='utf-8-sig', errors='surrogateescape')
-    place, lines = f'{path}:', text.split('\n')
+    unit, lines = '', text.split('\n')
     if re.match(r'\s*\[\s*\{', text):
-        place, lines = f'{path}: object ', map(json.dumps, json.loads(text))
+        unit, lines = ' object ', map(json.dumps, json.loads(text))
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield f'{place}{number}', line.strip(' \r\n')
+            yield f'{path}:{unit}{number}', line.strip(' \r\n')
 
 
 def table_rows(path: Path) -> Iterator:
@@ -605,7 +605,7 @@ def read_splits(
     test: str | None,
     seed: int,
     frames_per_output: int,
-    check_up_to: float = inf,
+    check_up_to: float = 1e9,
 ) -> Splits:
     """The corpora for training, validation (None: held out from training; 'none') and test.
 
@@ -749,33 +749,34 @@ WORDS = {
 
 # Formants: Peterson & Barney 1952, table II, men; of consonants Klatt 1980, table III (n's first is
 # its nasal one). Levels, hiss and durations are our own, by spectrogram and by what a recogniser of
-# real speech made of them. Rows that end early are of phones without hiss.
+# real speech made of them.
 #         ms    formants, Hz  voice hiss  centre  width
 #               F1   F2    F3   dB   dB   kHz  octaves
 TABLE = '''
-    iy   110  270 2290  3010    0
-    uw   140  300  870  2240    0
+    iy   110  270 2290  3010
+    uw   140  300  870  2240
     th    90  320 1290  2540  -99  -30     6     1.5
-    ih    80  390 1990  2550    0
+    ih    80  390 1990  2550
     w     60  290  610  2150   -4
     s    105  320 1390  2530  -99  -16     6     0.5
-    eh   100  530 1840  2480    0
+    eh   100  530 1840  2480
     r     65  310 1060  1380   -4
     z     75  240 1390  2530  -10  -20     6     0.5
-    ah    90  640 1190  2390    0
+    ah    90  640 1190  2390
     l     65  310 1050  2880   -4
     p     30  400 1100  2150  -99  -28     1       2
-    aa   110  730 1090  2440    0
+    aa   110  730 1090  2440
     n     90  270 1340  2470  -10
     t     35  400 1600  2600  -99  -19   4.5     0.7
-    ao   110  570  840  2410    0
+    ao   110  570  840  2410
     f     95  340 1100  2080  -99  -28     6       2
     k     35  300 1990  2850  -99  -19     2     0.4
-    uh    80  440 1020  2240    0
+    uh    80  440 1020  2240
     v     55  220 1100  2080  -10  -32     6       2
     g     25  200 1990  2850   -8  -24     2     0.4
 '''
-PHONES = {name: np.array([*columns, -99, 4, 1][:8], float)
+SOUNDED = [0, -99, 4, 1]  # what a row lacks that ends early: voiced as a vowel, without hiss
+PHONES = {name: np.array([*columns, *SOUNDED[len(columns) - 4:]], float)
           for name, *columns in map(str.split, TABLE.strip().split('\n'))}
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPECTRUM = {
@@ -818,11 +819,12 @@ def plan_phones(words: list, tract: float, accent: dict, tempo: float, rng: Gene
             add(phone, ms * rng.uniform(0.7, 1.4))
         spans.append((word, first, len(segments)))
         chance = rng.random()
-        last = len(spans) == len(words)
-        if chance < 0.6 or last:  # the voice dies away, then a gap
+        if len(spans) == len(words):
+            chance = 0.5  # behind the last word a gap, and no pause
+        if chance < 0.6:  # the voice dies away, then a gap
             for fade in 10, 20, 30:
                 add(phone, 1 if name in 'ptkfsth' else 40, fade, fade)
-            longest = 1500 if chance < 0.15 and not last else 300  # a quarter: pauses
+            longest = 1500 if chance < 0.15 else 300  # a quarter: pauses
             add(phone, rng.uniform(30, longest), 200, 200)
     add(segments[0], 4 * rng.integers(40, 100), 200, 200)
     return np.roll(segments, 1, 0).T, spans  # the last added comes first
@@ -848,8 +850,7 @@ def make_source(pitch: float, steps: int, rng: Generator) -> Tensor:
     # The sum of the cosines of all harmonics, in closed form.
     cosines = np.sin((2 * harmonics + 1) * half_phase) / np.sin(half_phase) - 1
     pulses = cosines / np.sqrt(2 * harmonics)
-    noise = rng.standard_normal(samples)
-    waves = np.array([pulses, noise], 'float32')
+    waves = np.array([pulses, rng.standard_normal(samples)], 'float32')
     return torch.stft(torch.tensor(waves), **SPECTRUM, return_complex=True)
 
 
@@ -943,7 +944,7 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
     No speaker is in two of them. Raises UserError where the folder cannot be made.
     """
     if not os.path.exists(folder):
-        print(f'speaking the built-in corpus into {folder}, once', flush=True)
+        print('speaking the built-in corpus, once', flush=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # of many small operations, threads would wait for each other
         with whole_file(folder) as unfinished:
