@@ -131,9 +131,8 @@ def log_mels(wave: Tensor) -> Tensor:
 
     Frame t is centred on sample 160 t + 80, the middle of the 10 ms it stands for.
     """
-    frames = ceil(len(wave) / HOP)
     margin = (WINDOW - HOP) // 2
-    padded = F.pad(wave, (margin, frames * HOP + margin - len(wave)))
+    padded = F.pad(wave, (margin, margin + -len(wave) % HOP))           # to whole frames
     windows = padded.unfold(0, WINDOW, HOP)                             # (T, 400)
     spectrum = rfft(windows * torch.hann_window(WINDOW), n=512)         # (T, 257)
     power = spectrum.real ** 2 + spectrum.imag ** 2
@@ -176,7 +175,7 @@ def features(wave: Tensor) -> tuple:
     """
     # With silence on both sides, a clip that has some and one that has none get the same features.
     silence = MARGIN + 2                                                 # frames
-    mels = repair_clicks(log_mels(F.pad(wave, (silence * HOP, silence * HOP))))
+    mels = repair_clicks(log_mels(F.pad(wave, [silence * HOP] * 2)))
     # Speech is what comes within 35 dB, 8 nats of power, of the voice's level. Its first and last
     # frame, half of whose window may lie in silence, do not count for what follows.
     power = moving_median(mels.logsumexp(1))
@@ -506,13 +505,13 @@ def find_audio(name: str, folder: Path) -> Path:
     for form in 'NFC', 'NFD':  # letters with their accents, and apart from them as on a Mac
         for place in folder, folder / 'clips':
             for suffix in '', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus':
-                audio = place / f'{normalize(form, name)}{suffix}'
+                audio = place / (normalize(form, name) + suffix)
                 if audio.is_file():
                     return audio
     raise ValueError(f'{folder / name} is not a file, nor is one of that name in clips/')
 
 
-def make_utterance(row: dict | str, where: str) -> Utterance:
+def make_utterance(row: object, where: str) -> Utterance:
     """One row of a corpus -> an Utterance. Raises what Python raises where the row is wrong."""
     row = json.loads(row) if isinstance(row, str) else row
     if None in row:
@@ -589,8 +588,8 @@ def hold_out(train: list, seed: int) -> tuple:
     if len(small) < 9 or '' in groups:
         choice = 'at random: not all speakers are known, or under ten have their share'
         groups = small = sizes = range(len(train))
-    shuffled = default_rng(seed).permutation(sorted(small))
-    held_out = set(shuffled[:ceil(len(sizes) / 10)])
+    tenth = ceil(len(sizes) / 10)
+    held_out = set(default_rng(seed).permutation(sorted(small))[:tenth])
     sounds = {u.sound for u, group in zip(train, groups) if group in held_out}
     parts = [], []
     for u in train:
@@ -601,8 +600,8 @@ def hold_out(train: list, seed: int) -> tuple:
 
 def read_splits(
     train: str,
-    valid: str | None,
-    test: str | None,
+    valid: str,
+    test: str,
     seed: int,
     frames_per_output: int,
     check_up_to: float = 1e9,
@@ -703,7 +702,6 @@ def describe_corpus(
           f'validation  {len(valid)} utterances\n'
           f'repeated    {len(train) - len(sentences)} sentences within training, '
           f'{sum(u.text in sentences for u in valid)} of validation in training\n'
-          f'seconds     median {np.median(seconds):.1f}, longest {max(seconds):.1f}\n'
           f'characters  {counts}\n'
           f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
@@ -927,7 +925,7 @@ def speak_corpus(folder: Path) -> None:
         rng = default_rng(first_speaker)
         os.makedirs(folder / split, exist_ok=True)
         with open(folder / f'{split}.jsonl', 'w') as manifest:
-            for i in progress(range(utterances), f'speaking {split}'):
+            for i in progress(range(utterances), 'speaking the built-in corpus, once:'):
                 path = f'{split}/{i:04}.flac'
                 text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
                 speaker = first_speaker + i % speakers
@@ -944,7 +942,6 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
     No speaker is in two of them. Raises UserError where the folder cannot be made.
     """
     if not os.path.exists(folder):
-        print('speaking the built-in corpus, once', flush=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # of many small operations, threads would wait for each other
         with whole_file(folder) as unfinished:
@@ -985,7 +982,7 @@ def inspect_corpus(path: str) -> None:
         raise UserError('\n'.join(splits.faults.values()))
 
 
-def main(argv: Sequence | None = None) -> None:
+def main(argv: Sequence = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
     parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder); '
                                      'with --say, the audio file to write')
