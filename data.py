@@ -188,12 +188,11 @@ def features(wave: Tensor) -> tuple:
     # a pause of zeros, or of a cleaner recording, is like one of the clip's own.
     mels = mels.maximum(speech[level <= level.quantile(0.1)].median(0).values)
     mels[inner] = speech
-    mels = mels[start:end]
     # Each band to mean 0 over the speech, which removes the microphone; all together to deviation
     # 1: scaling each by its own would amplify bands that hold mostly noise.
     mean = speech.mean(0)
     deviation = (speech - mean).std(correction=0)
-    return (mels - mean) / (deviation + 1e-3), start - silence
+    return (mels[start:end] - mean) / (deviation + 1e-3), start - silence
 
 
 def spec_augment(mels: Tensor, rng: Generator) -> None:
@@ -281,7 +280,7 @@ class Speech:
         """
         parts, speed = [u], 100
         if self.speed_perturb:
-            speed = int(self.rng(epoch, u, 0).integers(90, 111))
+            speed = self.rng(epoch, u, 0).integers(90, 111)
         rng = self.rng(epoch, u, 2)
         if rng.random() < self.concat:
             same_speaker = self.of_speaker[u.speaker]
@@ -357,8 +356,7 @@ def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
     for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
     batches = []
     for i in sorted(range(len(utterances)), key=lambda i: utterances[i].frames):
-        fitting = 64_000 // utterances[i].frames
-        if not batches or len(batches[-1]) >= min(batch_size, fitting):
+        if not batches or len(batches[-1]) >= min(batch_size, 64_000 // utterances[i].frames):
             batches.append([])
         batches[-1].append((0, i))
     return batches
@@ -512,7 +510,8 @@ def find_audio(name: str, folder: Path) -> Path:
 
 
 def make_utterance(row: object, where: str) -> Utterance:
-    """One row of a corpus -> an Utterance. Raises what Python raises where the row is wrong."""
+    """One row of a corpus, a dict or JSON -> an Utterance. Raises what Python raises where the row
+    is wrong."""
     row = json.loads(row) if isinstance(row, str) else row
     if None in row:
         raise ValueError('it has more columns than the header')
@@ -690,11 +689,12 @@ def describe_corpus(
         outputs = [ceil(u.frames / frames_per_output) for u in utterances]
         targets = [encode(u.text, alphabet) for u in utterances]
         plateaus[name] = monitor.plateau_lines(targets, outputs, len(alphabet))
-    density = sum(outputs) / sum(map(len, targets))  # of training, which came last
+    # From here on, outputs are training's, which came last.
     seconds = [u.duration for u in train]
     hours = sum(seconds) / HOUR
     texts = [u.text for u in train]
     sentences = set(texts)
+    labels = list(map(len, texts))
     counts = Counter(' '.join(texts))
     marks = [c for c in counts if c not in "-'" and category(c)[0] in 'PSN']
     print(f'training    {len(train)} utterances, {hours:.2f} hours, '
@@ -705,9 +705,9 @@ def describe_corpus(
           f'characters  {counts}\n'
           f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
-          f'outputs     {density:.1f} a label (under 2: fast speech, try a lower '
-          '--frames_per_output)',
-          *monitor.unrelated_lengths([*zip(seconds, map(len, texts))]), sep='\n')
+          f'outputs     {sum(outputs) / sum(labels):.1f} a label (under 2: fast speech, try a '
+          'lower --frames_per_output)',
+          *monitor.unrelated_lengths([*zip(seconds, labels)]), sep='\n')
     known = [f'{u.text} {u.duration}' for u in train + valid + test]
     return {
         'alphabet': alphabet,
