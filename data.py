@@ -587,8 +587,7 @@ def hold_out(train: list, seed: int) -> tuple:
     if len(small) < 9 or '' in groups:
         choice = 'at random: not all speakers are known, or under ten have their share'
         groups = small = sizes = range(len(train))
-    tenth = ceil(len(sizes) / 10)
-    held_out = set(default_rng(seed).permutation(sorted(small))[:tenth])
+    held_out = set(default_rng(seed).permutation(sorted(small))[:ceil(len(sizes) / 10)])
     sounds = {u.sound for u, group in zip(train, groups) if group in held_out}
     parts = [], []
     for u in train:
@@ -920,19 +919,22 @@ def synthesise(text: str, speaker: int = 0) -> tuple:
 
 
 def speak_corpus(folder: Path) -> None:
-    """Speak the built-in corpus into a folder: texts of one to six random words. Raises OSError."""
+    """Speak the built-in corpus into a folder: texts of one to six random words. Raises OSError.
+
+    A manifest is written at once: where two processes speak into the same folder, it stays whole.
+    """
     for split, (first_speaker, speakers, utterances) in BUILTIN.items():
         rng = default_rng(first_speaker)
         os.makedirs(folder / split, exist_ok=True)
-        with open(folder / f'{split}.jsonl', 'w') as manifest:
-            for i in progress(range(utterances), 'speaking the built-in corpus, once:'):
-                path = f'{split}/{i:04}.flac'
-                text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
-                speaker = first_speaker + i % speakers
-                wave, _ = synthesise(text, speaker)
-                soundfile.write(folder / path, wave, SAMPLE_RATE)
-                row = json.dumps({'path': path, 'text': text, 'speaker': speaker})
-                print(row, file=manifest)
+        rows = []
+        for i in progress(range(utterances), 'speaking the built-in corpus, once:'):
+            path = f'{split}/{i:04}.flac'
+            text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
+            speaker = first_speaker + i % speakers
+            wave, _ = synthesise(text, speaker)
+            soundfile.write(folder / path, wave, SAMPLE_RATE)
+            rows.append(json.dumps({'path': path, 'text': text, 'speaker': speaker}))
+        (folder / f'{split}.jsonl').write_text('\n'.join(rows))
 
 
 def builtin_corpus(folder: str = 'corpus') -> dict:
