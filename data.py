@@ -14,22 +14,21 @@ corpus).
 """
 import argparse
 import csv
-import hashlib
 import json
 import os
 import re
 import sys
-import tempfile
-import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, inf
+from hashlib import sha256
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import category, normalize
+from zlib import crc32
 
 import numpy as np
 import soundfile
@@ -37,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from numpy.random import Generator, default_rng
 from torch import Tensor
+from torch.fft import irfft, rfft
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
@@ -47,18 +47,12 @@ SAMPLE_RATE = 16000                  # samples a second
 WINDOW = 400                         # samples: 25 ms
 HOP = 160                            # samples: 10 ms
 FRAME_SECONDS = HOP / SAMPLE_RATE
-N_FFT = 512                          # bins of 31.25 Hz
-HERTZ = torch.linspace(0, 8000, 257)[:, None]
+HERTZ = torch.linspace(0, 8000, 257)[:, None]  # of a spectrum's bins: (257, 1)
 N_MELS = 80
 LOG_FLOOR = 1e-10                    # power: the rounding of 16 bits gives more
-CLICK = 3.2                          # nats above the voice, mean over the bands: 14 dB
-SPEECH_RANGE = 8.0                   # nats below the voice, in power: 35 dB
 MARGIN = 20                          # frames kept before and after speech
-LONGEST = 3600                       # seconds of a recording
-MAX_SECONDS = 40                     # of an utterance for training
-EVALUATED_FRAMES = 64_000            # padding included, at once: sixteen clips of 40 s
+HOUR = 3600                          # seconds
 FRAMES_PER_OUTPUT = 4                # the default: 25 outputs a second
-PAD_TO = 16                          # frames: few different shapes are faster than exact ones
 
 
 # ---- from a recording to features ----------------------------------------------------------------
@@ -75,12 +69,11 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     # Whole blocks keep the ratio exact, 32 at a time the transform fast; the zeros keep the end
     # from wrapping round to the start.
     blocks = ceil((len(wave) + 512) / down / 32) * 32
-    spectrum = torch.fft.rfft(wave, blocks * down)
-    resampled = torch.fft.irfft(spectrum, blocks * up)
+    resampled = irfft(rfft(wave, blocks * down), blocks * up)
     return resampled[:ceil(len(wave) * up / down)] * (up / down)
 
 
-def read_audio(path: str | Path, channel: int = 0) -> tuple[Tensor, int]:
+def read_audio(path: str | Path, channel: int = 0) -> tuple:
     """Any file that libsndfile reads -> wave (S,) float32, and its rate in Hz: of one channel,
     counted from 1, or the channels' mean.
 
@@ -91,11 +84,11 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple[Tensor, int]:
         os.stat(path)  # whose errors tell more than libsndfile's
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
-            if rate > 384_000 or file.frames > LONGEST * min(rate, 48000):
-                raise ValueError(f'{file.frames} samples at {rate} Hz: over an hour, or 384 kHz')
+            if rate > 384_000 or file.frames > HOUR * rate:
+                raise ValueError('it lasts over an hour, or its rate is over 384 kHz')
             for said, found in re.findall(r': (\d+) \(should be (\d+)\)', file.extra_info):
                 if int(found) < int(said) < 0x7FFF0000:
-                    raise ValueError(f'cut off: its header says {said} bytes, and not {found}')
+                    raise ValueError('cut off: it is shorter than its header says')
             if channel > file.channels:
                 raise ValueError(f'it has no channel {channel}')
             channels = file.read(dtype='float32', always_2d=True)
@@ -112,7 +105,7 @@ def read_wave(path: str | Path, channel: int = 0) -> Tensor:
 
 def is_narrow(wave: Tensor) -> bool:
     """Whether a wave (S,) at 16 kHz has nothing above 4.2 kHz, as speech from a telephone."""
-    power = torch.fft.rfft(wave).abs().square()
+    power = rfft(wave).abs().square()
     return bool(power[len(power) * 42 // 80:].sum() < 1e-5 * power.sum())
 
 
@@ -124,15 +117,13 @@ def mel_filters() -> Tensor:
     """
     log_step = np.log(6.4) / 27  # above 1 kHz, 27 mels lead from 1 to 6.4 kHz
     mels = np.linspace(0, 15 + np.log(8) / log_step, N_MELS + 2)
-    logarithmic = 1000 * np.exp(log_step * (mels - 15))
-    edges = np.where(mels < 15, mels * 200 / 3, logarithmic)
-    triangles = [np.interp(HERTZ, edges[band:band + 3], [0, 1, 0])
-                 for band in range(N_MELS)]
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(log_step * (mels - 15)))
+    # A triangle is 1 at its own peak and 0 at all others.
+    triangles = [np.interp(HERTZ, edges, peaks) for peaks in np.eye(N_MELS + 2)[1:-1]]
     return torch.tensor(np.hstack(triangles)).float()
 
 
 MEL_FILTERS = mel_filters()
-HANN = torch.hann_window(WINDOW)
 
 
 def log_mels(wave: Tensor) -> Tensor:
@@ -140,11 +131,10 @@ def log_mels(wave: Tensor) -> Tensor:
 
     Frame t is centred on sample 160 t + 80, the middle of the 10 ms it stands for.
     """
-    frames = ceil(len(wave) / HOP)
     margin = (WINDOW - HOP) // 2
-    padded = F.pad(wave, (margin, frames * HOP + margin - len(wave)))
+    padded = F.pad(wave, (margin, margin + -len(wave) % HOP))           # to whole frames
     windows = padded.unfold(0, WINDOW, HOP)                             # (T, 400)
-    spectrum = torch.fft.rfft(windows * HANN, n=N_FFT)                  # (T, 257)
+    spectrum = rfft(windows * torch.hann_window(WINDOW), n=512)         # (T, 257)
     power = spectrum.real ** 2 + spectrum.imag ** 2
     return (power @ MEL_FILTERS + LOG_FLOOR).log()
 
@@ -170,12 +160,12 @@ def voice_level(steady: Tensor) -> Tensor:
 def repair_clicks(mels: Tensor) -> Tensor:
     """Replace frames of (T, 80) far louder than the voice by the last one before that is not."""
     level = mels.mean(1)
-    loud = level > voice_level(moving_median(level)) + CLICK
+    loud = level > voice_level(moving_median(level)) + 3.2  # nats: 14 dB
     loud = F.pad(loud, (1, 1)).unfold(0, 3, 1).any(1)  # and its neighbours
     return mels[(torch.arange(len(mels)) * ~loud).cummax(0).values]
 
 
-def features(wave: Tensor) -> tuple[Tensor, int]:
+def features(wave: Tensor) -> tuple:
     """wave (S,) at 16 kHz -> normalised log-mels (T, 80), the frame of the wave that comes
     first.
 
@@ -185,25 +175,24 @@ def features(wave: Tensor) -> tuple[Tensor, int]:
     """
     # With silence on both sides, a clip that has some and one that has none get the same features.
     silence = MARGIN + 2                                                 # frames
-    mels = repair_clicks(log_mels(F.pad(wave, (silence * HOP, silence * HOP))))
-    # Speech is what comes within 35 dB of the voice's level. Its first and last frame, half of
-    # whose window may lie in silence, do not count for what follows.
+    mels = repair_clicks(log_mels(F.pad(wave, [silence * HOP] * 2)))
+    # Speech is what comes within 35 dB, 8 nats of power, of the voice's level. Its first and last
+    # frame, half of whose window may lie in silence, do not count for what follows.
     power = moving_median(mels.logsumexp(1))
-    spoken = (power >= voice_level(power) - SPEECH_RANGE).nonzero()[:, 0]
-    start = max(0, int(spoken[0]) - MARGIN)
-    end = int(spoken[-1]) + 1 + MARGIN
-    inner = spoken[1:-1] if len(spoken) > 2 else spoken
+    spoken = (power >= voice_level(power) - 8).nonzero()[:, 0].tolist()  # the frames' numbers
+    start = max(0, spoken[0] - MARGIN)
+    end = spoken[-1] + 1 + MARGIN
+    inner = spoken[1:-1] or spoken
     speech, level = mels[inner], power[inner]                            # (N, 80), (N,)
     # All else is raised to what the room sounds like in the quietest tenth of the speech, so that
     # a pause of zeros, or of a cleaner recording, is like one of the clip's own.
     mels = mels.maximum(speech[level <= level.quantile(0.1)].median(0).values)
     mels[inner] = speech
-    mels = mels[start:end]
     # Each band to mean 0 over the speech, which removes the microphone; all together to deviation
     # 1: scaling each by its own would amplify bands that hold mostly noise.
     mean = speech.mean(0)
     deviation = (speech - mean).std(correction=0)
-    return (mels - mean) / (deviation + 1e-3), start - silence
+    return (mels[start:end] - mean) / (deviation + 1e-3), start - silence
 
 
 def spec_augment(mels: Tensor, rng: Generator) -> None:
@@ -215,8 +204,8 @@ def spec_augment(mels: Tensor, rng: Generator) -> None:
     bands = [(1, 15)] * 2
     stretches = [(0, min(25, len(mels) // 4))] * ceil(len(mels) / 100)
     for axis, widest in bands + stretches:
-        width = int(rng.integers(widest + 1))
-        start = int(rng.integers(mels.shape[axis] - width + 1))
+        width = rng.integers(widest + 1)
+        start = rng.integers(mels.shape[axis] - width + 1)
         mels.narrow(axis, start, width).zero_()
 
 
@@ -230,17 +219,17 @@ class Utterance:
     duration: float  # seconds
     speaker: str     # '' where it is not known
     where: str       # 'manifest.jsonl:12', for messages
-    offset: float | None = None  # seconds; None: the whole recording, not a part of one
-    # Where it was decoded:
-    sound: str = ''       # a digest of it
-    narrow: bool = False  # is_narrow
+    offset: float = None  # seconds; None: the whole recording, not a part of one
+    narrow: bool = False         # is_narrow, where it was decoded
 
     def __post_init__(self):
-        # Of its features; of the recording itself as long as that was not decoded.
+        # As long as it was not decoded: the recording's frames, not those of its features; and
+        # what no other recording has, not a digest of its sound.
         self.frames = ceil(round(self.duration * SAMPLE_RATE) / HOP)
+        self.sound = self.where
 
 
-def load_utterance(u: Utterance, channel: int = 0) -> tuple[Tensor, int]:
+def load_utterance(u: Utterance, channel: int = 0) -> tuple:
     """An utterance's wave (S,) and rate. Raises UserError, and ValueError where the
     recording does not last as long as its corpus says."""
     wave, rate = read_audio(u.path, channel)
@@ -278,10 +267,10 @@ class Speech:
 
         Seeded by name and text: it keeps its augmentation in a subset or in another order.
         """
-        name = zlib.crc32(f'{u.path.stem} {u.text}'.encode())
+        name = crc32(f'{u.path.stem} {u.text}'.encode())
         return default_rng([self.seed, epoch, name, purpose])
 
-    def draw(self, epoch: int, u: Utterance) -> tuple[list, int]:
+    def draw(self, epoch: int, u: Utterance) -> tuple:
         """What an item is in an epoch: the utterance and, by the chance `concat`, one more of its
         speaker's; and its speed, from 90 to 110 per cent of the recording's own.
 
@@ -289,14 +278,16 @@ class Speech:
         (random utterance concatenation, Lin et al. 2022). Recordings are joined as they are: of two
         that are 35 dB apart, the quieter one is taken for silence.
         """
-        speed = int(self.rng(epoch, u, 0).integers(90, 111)) if self.speed_perturb else 100
+        parts, speed = [u], 100
+        if self.speed_perturb:
+            speed = self.rng(epoch, u, 0).integers(90, 111)
         rng = self.rng(epoch, u, 2)
-        if rng.random() >= self.concat:
-            return [u], speed
-        same_speaker = self.of_speaker[u.speaker]
-        return [u, same_speaker[rng.integers(len(same_speaker))]], speed
+        if rng.random() < self.concat:
+            same_speaker = self.of_speaker[u.speaker]
+            parts.append(same_speaker[rng.integers(len(same_speaker))])
+        return parts, speed
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, item: tuple) -> tuple:
         epoch, index = item
         u = self.utterances[index]
         with error_at(u.where):
@@ -327,10 +318,11 @@ class Batch(NamedTuple):
 def collate(items: Sequence) -> Batch:
     """Items of Speech -> a Batch."""
     mels, targets, indices = zip(*items)
-    lengths = torch.tensor(list(map(len, mels)))
-    target_lengths = torch.tensor(list(map(len, targets)))
+    lengths = torch.tensor([*map(len, mels)])
+    target_lengths = torch.tensor([*map(len, targets)])
     padded = pad_sequence(mels, batch_first=True)
-    padded = F.pad(padded, (0, 0, 0, -padded.shape[1] % PAD_TO))
+    # To a multiple of 16 frames: few different shapes are faster than exact ones.
+    padded = F.pad(padded, (0, 0, 0, -padded.shape[1] % 16))
     targets = pad_sequence(targets, batch_first=True)
     return Batch(padded[:, None], lengths, targets, target_lengths, indices)
 
@@ -351,9 +343,9 @@ def training_batches(
     """
     rng = default_rng([speech.seed, epoch])
     drawn = [speech.draw(epoch, u) for u in speech.utterances]
-    frames = [sum(u.frames for u in parts) / speed * 100 for parts, speed in drawn]
+    frames = [sum(u.frames for u in parts) / speed for parts, speed in drawn]  # in proportion
     jittered = frames * rng.uniform(0.98, 1.02, len(frames))
-    items = [(epoch, index) for index in np.argsort(jittered, kind='stable').tolist()]
+    items = [(epoch, index) for index in np.argsort(jittered).tolist()]
     batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
     rng.shuffle(batches)
     return [batch[rank::ranks] or batch[:1] for batch in batches]
@@ -361,11 +353,10 @@ def training_batches(
 
 def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
     """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
-    for memory."""
+    for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
     batches = []
     for i in sorted(range(len(utterances)), key=lambda i: utterances[i].frames):
-        fitting = EVALUATED_FRAMES // utterances[i].frames
-        if not batches or len(batches[-1]) >= min(batch_size, fitting):
+        if not batches or len(batches[-1]) >= min(batch_size, 64_000 // utterances[i].frames):
             batches.append([])
         batches[-1].append((0, i))
     return batches
@@ -389,16 +380,16 @@ def loader(speech: Speech, batches: list, workers: int = 0) -> DataLoader:
 def normalise_text(text: str) -> str:
     """Lower case, NFKC (one code point for a letter and its accent; ligatures, full-width letters
     and the like as their plain ones), one apostrophe, single spaces, nothing invisible."""
-    plain = unicodedata.normalize('NFKC', text).lower().replace('i\u0307', 'i')  # of a Turkish I
+    plain = normalize('NFKC', text).lower().replace('i\u0307', 'i')  # of a Turkish I
     plain = re.sub("[\u2018\u2019\u02bc]", "'", plain)
-    visible = ''.join(c for c in plain if unicodedata.category(c) != 'Cf')
-    return unicodedata.normalize('NFC', ' '.join(visible.split()))
+    visible = ''.join(c for c in plain if category(c) != 'Cf')
+    return normalize('NFC', ' '.join(visible.split()))
 
 
 def make_alphabet(utterances: Sequence, known: Sequence = ('',)) -> list:
     """The known characters, and then every other one of the transcripts; symbol 0 is CTC's blank
     and stands for no character."""
-    return [*known, *sorted({character for u in utterances for character in u.text} - {*known})]
+    return [*known, *sorted({*''.join(u.text for u in utterances)} - {*known})]
 
 
 def encode(text: str, alphabet: list) -> list:
@@ -441,7 +432,6 @@ NAMES = {
     'transcription': 'text',
     'client_id': 'speaker',
 }
-SUFFIXES = ('', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus')
 
 
 # The readers of corpora yield for each row where it stands, and its fields as a dict or as JSON.
@@ -454,12 +444,12 @@ def numbered_lines(path: Path) -> Iterator:
     becomes lone surrogates, which are refused in the row that has them.
     """
     text = path.read_text(encoding='utf-8-sig', errors='surrogateescape')
-    place, lines = f'{path}:', text.split('\n')
+    unit, lines = '', text.split('\n')
     if re.match(r'\s*\[\s*\{', text):
-        place, lines = f'{path}: object ', map(json.dumps, json.loads(text))
+        unit, lines = ' object ', map(json.dumps, json.loads(text))
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield f'{place}{number}', line.strip(' \r\n')
+            yield f'{path}:{unit}{number}', line.strip(' \r\n')
 
 
 def table_rows(path: Path) -> Iterator:
@@ -475,7 +465,7 @@ def librispeech_rows(path: Path) -> Iterator:
     """A LibriSpeech speaker/chapter/*.trans.txt: "84-121123-0001 GO DO YOU HEAR", of speaker 84."""
     for where, line in numbered_lines(path):
         name, _, text = line.partition(' ')
-        speaker, _, _ = name.rpartition('-')[0].partition('-')
+        speaker, *_ = name.split('-')
         yield where, {'audio': name, 'text': text, 'speaker': speaker}
 
 
@@ -512,15 +502,16 @@ def find_audio(name: str, folder: Path) -> Path:
     name = name.replace('\\', '/')  # of Windows
     for form in 'NFC', 'NFD':  # letters with their accents, and apart from them as on a Mac
         for place in folder, folder / 'clips':
-            for suffix in SUFFIXES:
-                audio = place / f'{unicodedata.normalize(form, name)}{suffix}'
+            for suffix in '', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus':
+                audio = place / (normalize(form, name) + suffix)
                 if audio.is_file():
                     return audio
     raise ValueError(f'{folder / name} is not a file, nor is one of that name in clips/')
 
 
-def make_utterance(row: dict | str, where: str) -> Utterance:
-    """One row of a corpus -> an Utterance. Raises what Python raises where the row is wrong."""
+def make_utterance(row: object, where: str) -> Utterance:
+    """One row of a corpus, a dict or JSON -> an Utterance. Raises what Python raises where the row
+    is wrong."""
     row = json.loads(row) if isinstance(row, str) else row
     if None in row:
         raise ValueError('it has more columns than the header')
@@ -532,14 +523,14 @@ def make_utterance(row: dict | str, where: str) -> Utterance:
     path = find_audio(row['audio'], Path(where).parent)
     start = float(row.get('offset', 0))
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
-    if not 0 <= start < start + duration - 0.001 < LONGEST:
+    if not 0 <= start < start + duration - 0.001 < HOUR:
         raise ValueError(f'duration {duration} s, offset {start} s: not within an hour')
-    speaker = str(row.get('speaker', ''))
-    return Utterance(path, text, duration, speaker, where, start if 'offset' in row else None)
+    offset = start if 'offset' in row else None
+    return Utterance(path, text, duration, str(row.get('speaker', '')), where, offset)
 
 
 @contextmanager
-def listing(faults: dict, where: str) -> Iterator[None]:
+def listing(faults: dict, where: str) -> Iterator:
     """List what is wrong at a place, {where: message}, and go on."""
     try:
         with error_at(where):
@@ -548,7 +539,7 @@ def listing(faults: dict, where: str) -> Iterator[None]:
         faults.setdefault(where, str(error))
 
 
-def read_corpus(path: str | Path, split: str = 'train') -> tuple[list, dict]:
+def read_corpus(path: str | Path, split: str = 'train') -> tuple:
     """A corpus -> its Utterances sorted by file name, and what is wrong with others {where:
     message}.
 
@@ -559,17 +550,20 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple[list, dict]:
     utterances, faults = [], {}
     with error_at(path):
         folder = Path(path)
-        files = [*folder.rglob('[!.]*.trans.txt'), *folder.glob(f'etc/*{split}*.transcription')]
-        files = sorted(files) or [folder]
+        files = sorted([
+            *folder.rglob('[!.]*.trans.txt'),
+            *folder.glob(f'etc/*{split}*.transcription'),
+        ]) or [folder]
         if files[0].suffix not in FORMS:
-            raise ValueError(f'it should end in one of {" ".join(FORMS)}, or be a folder with '
+            raise ValueError('it should end in .jsonl, .json, .csv or .tsv, or be a folder with '
                              '*.trans.txt or etc/*.transcription')
         for file in files:
             for where, row in FORMS[file.suffix](file):
                 with listing(faults, where):
                     utterances.append(make_utterance(row, where))
-        if faults and not utterances:
-            raise UserError(f'none of {len(faults)} rows is right; {min(faults.values())}')
+        if not utterances:
+            fault = min(faults.values(), default='it is empty')
+            raise UserError(f'none of {len(faults)} rows is right; {fault}')
     return sorted(utterances, key=lambda u: u.path.stem), faults
 
 
@@ -582,9 +576,9 @@ class Splits(NamedTuple):
     problems: dict   # {what is wrong: names of files} of usable recordings
 
 
-def hold_out(train: list, seed: int) -> tuple[list, list]:
+def hold_out(train: list, seed: int) -> tuple:
     """Training without a tenth, and that tenth for validation: whole speakers where all are known,
-    and ten or more, but none who has more than a tenth of the utterances; else recordings, at
+    and ten or more, but none who has more than a tenth of the utterances; else utterances, at
     random. Recordings of the same sound stay together. Prints how many, and which of the two."""
     choice = 'whole speakers'
     groups = [u.speaker for u in train]
@@ -592,66 +586,62 @@ def hold_out(train: list, seed: int) -> tuple[list, list]:
     small = [speaker for speaker in sizes if sizes[speaker] <= len(train) / 10]
     if len(small) < 9 or '' in groups:
         choice = 'at random: not all speakers are known, or under ten have their share'
-        groups = [u.path.stem for u in train]  # segments of one file stay together
-        if len(set(groups)) == 1:
-            groups = [u.where for u in train]  # but those of a single one
-        small = sizes = set(groups)
-    shuffled = default_rng(seed).permutation(sorted(small))
-    held_out = set(shuffled[:ceil(len(sizes) / 10)])
-    sounds = {u.sound for u, group in zip(train, groups) if group in held_out} - {''}
+        groups = small = sizes = range(len(train))
+    held_out = set(default_rng(seed).permutation(sorted(small))[:ceil(len(sizes) / 10)])
+    sounds = {u.sound for u, group in zip(train, groups) if group in held_out}
     parts = [], []
-    for u, group in zip(train, groups):
-        parts[group in held_out or u.sound in sounds].append(u)
+    for u in train:
+        parts[u.sound in sounds].append(u)
     print(f'held out for validation: {len(parts[1])} utterances, {choice}')
     return parts
 
 
 def read_splits(
     train: str,
-    valid: str | None,
-    test: str | None,
+    valid: str,
+    test: str,
     seed: int,
     frames_per_output: int,
-    check_up_to: float = inf,
+    check_up_to: float = 1e9,
 ) -> Splits:
     """The corpora for training, validation (None: held out from training; 'none') and test.
 
     If there are at most check_up_to utterances, every file is decoded, and its true duration taken.
     Raises UserError where a corpus cannot be read at all.
     """
-    splits = Splits([], [], [], {}, defaultdict(list))
-    sides = splits[:3]
-    for side, name, path in zip(sides, splits._fields, (train, valid, test)):
+    sides, faults, problems = ([], [], []), {}, defaultdict(list)
+    for side, name, path in zip(sides, Splits._fields, (train, valid, test)):
         if path not in (None, 'none'):
-            utterances, faults = read_corpus(path, name)
+            utterances, wrong = read_corpus(path, name)
             side += utterances
-            splits.faults.update(faults)
+            faults |= wrong
     utterances, twins = sum(sides, []), {}
     if len(utterances) <= check_up_to:
         for u in progress(utterances, 'checking recordings'):
-            with listing(splits.faults, u.where):
-                for problem in check_recording(u, twins):
-                    splits.problems[problem].append(u.path.name)
-    for u in splits.train:
-        with listing(splits.faults, u.where):
+            with listing(faults, u.where):
+                for problem, found in check_recording(u, twins).items():
+                    if found:
+                        problems[problem].append(u.path.name)
+    for u in sides[0]:
+        with listing(faults, u.where):
             # The silence that features() puts round a clip does not count.
             frames = min(u.frames, u.duration / FRAME_SECONDS)
             if not can_align(u.text, frames, frames_per_output):
                 raise ValueError(TOO_SHORT)
-            if u.duration > MAX_SECONDS:
-                raise ValueError(f'training takes up to {MAX_SECONDS} s; cut or remove it')
-    for side in sides:
-        side[:] = [u for u in side if u.where not in splits.faults]
-    if valid is None and len(splits.train) > 1:
-        splits.train[:], splits.valid[:] = hold_out(splits.train, seed)
-    return splits
+            if u.duration > 40:
+                raise ValueError('training takes up to 40 s; cut or remove it')
+    hold = valid is None
+    train, valid, test = ([u for u in side if u.where not in faults] for side in sides)
+    if hold and len(train) > 1:
+        train, valid = hold_out(train, seed)
+    return Splits(train, valid, test, faults, problems)
 
 
 # ---- inspection ----------------------------------------------------------------------------------
 
-def check_recording(u: Utterance, twins: dict) -> list:
+def check_recording(u: Utterance, twins: dict) -> dict:
     """Decode a recording, note its true duration, frames, sound and whether it is narrow-band ->
-    what may be wrong with it.
+    {what may be wrong with it: whether it is}.
 
     twins: the first utterance of each sound. Raises what load_utterance raises. Training and
     transcription tolerate silence and clicks, which are still worth checking.
@@ -662,15 +652,15 @@ def check_recording(u: Utterance, twins: dict) -> list:
     u.duration = len(wave) / rate
     u.frames = len(features(at_16_khz)[0])
     u.narrow = is_narrow(at_16_khz)
-    u.sound = hashlib.sha256(wave.numpy()).hexdigest()
+    u.sound = sha256(wave.numpy()).hexdigest()
     twin = twins.setdefault(u.sound, u)
     size = wave.abs()
-    at_peak = size >= 0.9999 * size.max()
+    at_peak = size > 0.9999 * size.max()
     mels = log_mels(F.pad(at_16_khz, (WINDOW, WINDOW)))
-    problems = {
+    return {
         'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
         'clipped, the peaks are flat':  # five times, three samples in a row
-            size.any() and at_peak.unfold(0, 3, 1).all(1).sum() >= 5,
+            at_peak.unfold(0, 3, 1).all(1).sum() >= 5,
         'digital silence for more than a fifth of it': (wave == 0).float().mean() > 0.2,
         'a click or a bang far louder than the voice': not mels.equal(repair_clicks(mels)),
         'narrow-band, as from a telephone: nothing above 4 kHz': u.narrow,
@@ -679,7 +669,6 @@ def check_recording(u: Utterance, twins: dict) -> list:
         'of the same sound as another': twin is not u,
         'of the same sound as another, and another text': twin.text != u.text,
     }
-    return [problem for problem, found in problems.items() if found]
 
 
 def describe_corpus(
@@ -692,39 +681,39 @@ def describe_corpus(
     some are narrow-band), plateaus (losses in nats per label of uniform and of constant output),
     and digest, by which a change of texts or durations is seen.
     """
-    train, valid = splits.train, splits.valid
+    train, valid, test, *_ = splits
     alphabet = make_alphabet(train, known)
     plateaus = {}  # nats per label: of uniform, of constant output
     for name, utterances in ('valid_plateaus', valid), ('plateaus', train):
         outputs = [ceil(u.frames / frames_per_output) for u in utterances]
         targets = [encode(u.text, alphabet) for u in utterances]
         plateaus[name] = monitor.plateau_lines(targets, outputs, len(alphabet))
-    outputs_a_label = sum(outputs) / sum(map(len, targets))  # of training, which came last
+    # From here on, outputs are training's, which came last.
     seconds = [u.duration for u in train]
-    hours = sum(seconds) / 3600
+    hours = sum(seconds) / HOUR
     texts = [u.text for u in train]
     sentences = set(texts)
-    counts = dict(Counter(' '.join(texts)).most_common())
-    marks = [c for c in counts if c not in "-'" and unicodedata.category(c)[0] in 'PSN']
+    labels = list(map(len, texts))
+    counts = Counter(' '.join(texts))
+    marks = [c for c in counts if c not in "-'" and category(c)[0] in 'PSN']
     print(f'training    {len(train)} utterances, {hours:.2f} hours, '
           f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)\n'
           f'validation  {len(valid)} utterances\n'
           f'repeated    {len(train) - len(sentences)} sentences within training, '
           f'{sum(u.text in sentences for u in valid)} of validation in training\n'
-          f'seconds     median {np.median(seconds):.1f}, longest {max(seconds):.1f}\n'
           f'characters  {counts}\n'
           f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
-          f'outputs     {outputs_a_label:.1f} a label (under 2: fast speech, try a lower '
-          '--frames_per_output)',
-          *monitor.unrelated_lengths([*zip(seconds, map(len, texts))]), sep='\n')
-    known = [f'{u.text} {u.duration}' for u in train + valid + splits.test]
+          f'outputs     {sum(outputs) / sum(labels):.1f} a label (under 2: fast speech, try a '
+          'lower --frames_per_output)',
+          *monitor.unrelated_lengths([*zip(seconds, labels)]), sep='\n')
+    known = [f'{u.text} {u.duration}' for u in train + valid + test]
     return {
         'alphabet': alphabet,
         'utterances': len(train),
         'hours': hours,
         'narrow': any(u.narrow for u in train),
-        'digest': hashlib.sha256('\n'.join(known).encode()).hexdigest(),
+        'digest': sha256('\n'.join(known).encode()).hexdigest(),
         **plateaus,
     }
 
@@ -757,33 +746,34 @@ WORDS = {
 
 # Formants: Peterson & Barney 1952, table II, men; of consonants Klatt 1980, table III (n's first is
 # its nasal one). Levels, hiss and durations are our own, by spectrogram and by what a recogniser of
-# real speech made of them. Rows that end early are of phones without hiss.
+# real speech made of them.
 #         ms    formants, Hz  voice hiss  centre  width
 #               F1   F2    F3   dB   dB   kHz  octaves
 TABLE = '''
-    iy   110  270 2290  3010    0
-    uw   140  300  870  2240    0
+    iy   110  270 2290  3010
+    uw   140  300  870  2240
     th    90  320 1290  2540  -99  -30     6     1.5
-    ih    80  390 1990  2550    0
+    ih    80  390 1990  2550
     w     60  290  610  2150   -4
     s    105  320 1390  2530  -99  -16     6     0.5
-    eh   100  530 1840  2480    0
+    eh   100  530 1840  2480
     r     65  310 1060  1380   -4
     z     75  240 1390  2530  -10  -20     6     0.5
-    ah    90  640 1190  2390    0
+    ah    90  640 1190  2390
     l     65  310 1050  2880   -4
     p     30  400 1100  2150  -99  -28     1       2
-    aa   110  730 1090  2440    0
+    aa   110  730 1090  2440
     n     90  270 1340  2470  -10
     t     35  400 1600  2600  -99  -19   4.5     0.7
-    ao   110  570  840  2410    0
+    ao   110  570  840  2410
     f     95  340 1100  2080  -99  -28     6       2
     k     35  300 1990  2850  -99  -19     2     0.4
-    uh    80  440 1020  2240    0
+    uh    80  440 1020  2240
     v     55  220 1100  2080  -10  -32     6       2
     g     25  200 1990  2850   -8  -24     2     0.4
 '''
-PHONES = {name: np.array([*columns, -99, 4, 1][:8], float)
+SOUNDED = [0, -99, 4, 1]  # what a row lacks that ends early: voiced as a vowel, without hiss
+PHONES = {name: np.array([*columns, *SOUNDED[len(columns) - 4:]], float)
           for name, *columns in map(str.split, TABLE.strip().split('\n'))}
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPECTRUM = {
@@ -826,20 +816,21 @@ def plan_phones(words: list, tract: float, accent: dict, tempo: float, rng: Gene
             add(phone, ms * rng.uniform(0.7, 1.4))
         spans.append((word, first, len(segments)))
         chance = rng.random()
-        last = len(spans) == len(words)
-        if chance < 0.6 or last:  # the voice dies away, then a gap
+        if len(spans) == len(words):
+            chance = 0.5  # behind the last word a gap, and no pause
+        if chance < 0.6:  # the voice dies away, then a gap
             for fade in 10, 20, 30:
                 add(phone, 1 if name in 'ptkfsth' else 40, fade, fade)
-            longest = 1500 if chance < 0.15 and not last else 300  # a quarter: pauses
+            longest = 1500 if chance < 0.15 else 300  # a quarter: pauses
             add(phone, rng.uniform(30, longest), 200, 200)
     add(segments[0], 4 * rng.integers(40, 100), 200, 200)
-    return np.array(segments[-1:] + segments[:-1]).T, spans
+    return np.roll(segments, 1, 0).T, spans  # the last added comes first
 
 
-def glide(values: np.ndarray, steps: np.ndarray, width: int) -> Tensor:
-    """Values of segments -> of steps (n,), their moving average with a Hann window of `width`."""
+def glide(values: np.ndarray, width: int) -> Tensor:
+    """The moving average of values (n,) with a Hann window of `width`."""
     kernel = np.hanning(width + 2)
-    padded = np.pad(np.repeat(values, steps), width, 'edge')
+    padded = np.pad(values, width, 'edge')
     average = np.convolve(padded, kernel / kernel.sum(), 'same')[width:-width]
     return torch.tensor(average).float()
 
@@ -856,8 +847,7 @@ def make_source(pitch: float, steps: int, rng: Generator) -> Tensor:
     # The sum of the cosines of all harmonics, in closed form.
     cosines = np.sin((2 * harmonics + 1) * half_phase) / np.sin(half_phase) - 1
     pulses = cosines / np.sqrt(2 * harmonics)
-    noise = rng.standard_normal(samples)
-    waves = np.array([pulses, noise], 'float32')
+    waves = np.array([pulses, rng.standard_normal(samples)], 'float32')
     return torch.stft(torch.tensor(waves), **SPECTRUM, return_complex=True)
 
 
@@ -868,7 +858,7 @@ def unit_power(response: Tensor) -> Tensor:
 
 def tube_response(tract: float, formants: list) -> Tensor:
     """The vocal tract's (257, n): a resonance for each formant, the fourth and above fixed."""
-    response = torch.ones(257, 1)
+    response = 1
     upper = tract * torch.arange(3500, 8000, 1000)
     for f in *upper, *formants:
         bandwidth = 50 + f / 20  # Hz
@@ -877,7 +867,7 @@ def tube_response(tract: float, formants: list) -> Tensor:
     return 1 / response
 
 
-def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
+def synthesise(text: str, speaker: int = 0) -> tuple:
     """Say words of WORDS in the voice of a speaker, a whole number from 0.
 
     -> wave (S,) float32 at 16 kHz, and [(word, start, end)] in seconds. The same arguments give the
@@ -890,30 +880,31 @@ def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
     # The voice: factors of its formants (a shorter tract has higher ones, and a higher pitch) and
     # of its speed, the level of its breath in dB, where its source's slope begins in Hz.
     rng = default_rng([0, speaker])
-    lowest = [0.85, 0.65, -30, 800]
-    highest = [1.15, 1.1, -15, 2500]
-    tract, tempo, breath, corner = rng.uniform(lowest, highest)
+    tract, tempo, breath, corner = rng.uniform(
+        [0.85, 0.65, -30, 800],  # the lowest of each
+        [1.15, 1.1, -15, 2500],  # the highest
+    )
     pitch = 140 * tract ** 3 * rng.uniform(0.8, 1.25)
     accent = dict(zip(PHONES, tract * rng.normal(1, 0.06, (len(PHONES), 3))))
 
-    rng = default_rng([0, speaker, zlib.crc32(text.encode())])
+    rng = default_rng([0, speaker, crc32(text.encode())])
     planned, spans = plan_phones(words, tract, accent, tempo, rng)
-    steps, *formants, voiced, hissed = planned[:6]
+    steps = planned[0].astype(int)
+    ends = np.cumsum(steps) / 250  # seconds
     centres, octaves = torch.tensor(planned[6:]).float()
-    steps = steps.astype(int)
-    ends = (np.cumsum(steps) * STEP / SAMPLE_RATE).tolist()
+    _, *formants, voiced, hissed = planned[:6].repeat(steps, 1)         # of every step
 
     # Coarticulation: formants glide for 50 ms from phone to phone, voicing sets in over 56 ms,
     # noise within 16.
-    formants = [glide(formant, steps, 13) for formant in formants]
-    voiced = glide(10 ** (voiced / 20), steps, 14)
-    hissed = glide(10 ** (hissed / 20), steps, 4)
+    formants = [glide(formant, 13) for formant in formants]
+    voiced = glide(10 ** (voiced / 20), 14)
+    hissed = glide(10 ** (hissed / 20), 4)
 
     pulses, noise = make_source(pitch, steps.sum(), rng)
     tube = tube_response(tract, formants)
     # The hiss is a bell over the logarithm of frequency, the room 10 to 35 dB below a vowel.
     distance = (HERTZ.clamp(50) / 1000 / centres).log2() / octaves
-    bell = unit_power((-(distance ** 2) / 2).exp())
+    bell = unit_power((-(distance ** 2) / 2).exp())                     # of every segment
     bell = bell.repeat_interleave(torch.tensor(steps), 1)
     colour = 1 / (1 + HERTZ / 10 ** rng.uniform(2, 3.7))
     room = unit_power(colour) * 10 ** (-rng.uniform(10, 35) / 20)
@@ -928,37 +919,35 @@ def synthesise(text: str, speaker: int = 0) -> tuple[np.ndarray, list]:
 
 
 def speak_corpus(folder: Path) -> None:
-    """Speak the built-in corpus into a new folder: texts of one to six random words. Raises
-    OSError."""
+    """Speak the built-in corpus into a folder: texts of one to six random words. Raises OSError.
+
+    A manifest is written at once: where two processes speak into the same folder, it stays whole.
+    """
     for split, (first_speaker, speakers, utterances) in BUILTIN.items():
         rng = default_rng(first_speaker)
-        (folder / split).mkdir(parents=True)
-        with open(folder / f'{split}.jsonl', 'w') as manifest:
-            for i in progress(range(utterances), f'speaking {split}'):
-                path = f'{split}/{i:04}.flac'
-                text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
-                speaker = first_speaker + i % speakers
-                wave, _ = synthesise(text, speaker)
-                soundfile.write(folder / path, wave, SAMPLE_RATE)
-                row = {'path': path, 'text': text, 'speaker': speaker}
-                print(json.dumps(row), file=manifest)
+        os.makedirs(folder / split, exist_ok=True)
+        rows = []
+        for i in progress(range(utterances), 'speaking the built-in corpus, once:'):
+            path = f'{split}/{i:04}.flac'
+            text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
+            speaker = first_speaker + i % speakers
+            wave, _ = synthesise(text, speaker)
+            soundfile.write(folder / path, wave, SAMPLE_RATE)
+            rows.append(json.dumps({'path': path, 'text': text, 'speaker': speaker}))
+        (folder / f'{split}.jsonl').write_text('\n'.join(rows))
 
 
 def builtin_corpus(folder: str = 'corpus') -> dict:
     """Speak the built-in corpus into a folder, once -> {'train': manifest, 'valid': ..., 'test':
     ...}.
 
-    No speaker is in two of them. Raises OSError where the folder cannot be made.
+    No speaker is in two of them. Raises UserError where the folder cannot be made.
     """
     if not os.path.exists(folder):
-        print(f'speaking the built-in corpus into {folder}, once', flush=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # of many small operations, threads would wait for each other
-        with tempfile.TemporaryDirectory(prefix='unfinished.', dir=Path(folder).parent) as parent:
-            spoken = Path(parent) / 'corpus'
-            speak_corpus(spoken)
-            with suppress(OSError):  # another process may have been at it, and faster
-                spoken.rename(folder)
+        with whole_file(folder) as unfinished:
+            speak_corpus(unfinished)
         torch.set_num_threads(threads)
     return {split: f'{folder}/{split}.jsonl' for split in BUILTIN}
 
@@ -966,12 +955,12 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
 # ---- files, progress, and python data.py ---------------------------------------------------------
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Where to write a file that takes its name once it is whole. Raises UserError."""
+def whole_file(path: str | Path) -> Iterator:
+    """Where to write a file or folder that takes its name once it is whole. Raises UserError."""
     with error_at(path):
         part = Path(path).with_name(f'unfinished.{Path(path).name}')
         yield part
-        os.replace(part, path)
+        part.replace(path)
 
 
 def progress(items: Sequence, what: str) -> Iterator:
@@ -990,13 +979,12 @@ def inspect_corpus(path: str) -> None:
     if splits.train:
         describe_corpus(splits, FRAMES_PER_OUTPUT)
     for problem, names in splits.problems.items():
-        print(f'{len(names)} files {problem}: {" ".join(names)}')
-    if splits.faults or not splits.valid:
-        left = f'{len(splits.train)} left for training, {len(splits.valid)} to validate'
-        raise UserError('\n'.join([*splits.faults.values(), left]))
+        print(f'{len(names)} files {problem}:', *names)
+    if splits.faults:
+        raise UserError('\n'.join(splits.faults.values()))
 
 
-def main(argv: Sequence | None = None) -> None:
+def main(argv: Sequence = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
     parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder); '
                                      'with --say, the audio file to write')

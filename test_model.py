@@ -1259,7 +1259,8 @@ def test_inspection_names_problems(tmp_path, printed):
     assert 'not said    ! (' in out
     assert re.search('repeated    (6 .* 0|5 .* 1|4 .* 2) of validation', out)
     assert f'{manifest}:18: cannot be used' in message
-    assert '15 left for training, 2 to validate' in message
+    assert 'training    15 utt' in out
+    assert 'validation  2 utt' in out
 
 
 # ---- data: the built-in corpus -------------------------------------------------------------------
