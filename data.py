@@ -701,7 +701,7 @@ def describe_corpus(
           f'validation  {len(valid)} utterances\n'
           f'repeated    {len(train) - len(sentences)} sentences within training, '
           f'{sum(u.text in sentences for u in valid)} of validation in training\n'
-          f'characters  {counts}\n'
+          f'characters  {dict(counts.most_common())}\n'
           f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
           f'outputs     {sum(outputs) / sum(labels):.1f} a label (under 2: fast speech, try a '
