@@ -20,12 +20,13 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from unicodedata import category, normalize
 from zlib import crc32
@@ -919,10 +920,7 @@ def synthesise(text: str, speaker: int = 0) -> tuple:
 
 
 def speak_corpus(folder: Path) -> None:
-    """Speak the built-in corpus into a folder: texts of one to six random words. Raises OSError.
-
-    A manifest is written at once: where two processes speak into the same folder, it stays whole.
-    """
+    """Speak the built-in corpus into a folder: texts of one to six random words. Raises OSError."""
     for split, (first_speaker, speakers, utterances) in BUILTIN.items():
         rng = default_rng(first_speaker)
         os.makedirs(folder / split, exist_ok=True)
@@ -946,8 +944,12 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
     if not os.path.exists(folder):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # of many small operations, threads would wait for each other
-        with whole_file(folder) as unfinished:
-            speak_corpus(unfinished)
+        with (error_at(folder),
+              TemporaryDirectory(prefix='unfinished.', dir=Path(folder).parent) as parent):
+            spoken = Path(parent) / 'corpus'
+            speak_corpus(spoken)
+            with suppress(OSError):  # another process was at it too, and faster
+                spoken.rename(folder)
         torch.set_num_threads(threads)
     return {split: f'{folder}/{split}.jsonl' for split in BUILTIN}
 
@@ -956,7 +958,7 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator:
-    """Where to write a file or folder that takes its name once it is whole. Raises UserError."""
+    """Where to write a file that takes its name once it is whole. Raises UserError."""
     with error_at(path):
         part = Path(path).with_name(f'unfinished.{Path(path).name}')
         yield part

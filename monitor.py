@@ -548,7 +548,7 @@ def legend(lines: Lines) -> str:
             'decides, from 0 to 100 %\n'
             'at the end of a line: uniform or constant output (a plateau), learning, or learnt\n'
             'beneath: what was said and heard, and the best symbol of every output; - is the '
-            'blank (~ where - is a letter), _ a space')
+            'blank, _ a space')
 
 
 def epoch_line(record: Mapping) -> str:
@@ -874,8 +874,7 @@ def print_lines(args: argparse.Namespace) -> None:
     uniform, constant = (scale * line for line in lines)
     print(f'{uniform:.2f} nats {unit}: every symbol equally likely, where training starts\n'
           f'{constant:.2f} nats {unit}: the best output that ignores the input; a loss that stays '
-          f'near it has learnt nothing\nof {labels:g} labels in {outputs:g} outputs, '
-          f'{vocab_size:g} symbols with the blank')
+          'near it has learnt nothing')
     if args.losses:
         losses = [loss / scale for loss in read_losses(args.losses)]
         window = min(20, len(losses) // 10 + 1)

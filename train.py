@@ -47,7 +47,8 @@ from monitor import UserError, error_at, number
 
 CHECK_UP_TO = 5000      # utterances; files of larger corpora are decoded first only with --skip_bad
 RESUMED = ('--resume', '--device', '--workers', '--train_data', '--valid_data', '--test_data')
-# Which of how many processes of torchrun this is; some clusters set these variables without it.
+# This process's number among torchrun's, and how many there are; some clusters set these variables
+# for other programs.
 LAUNCHED = torch.distributed.is_torchelastic_launched()
 RANK, RANKS = [int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')] if LAUNCHED else (0, 1)
 
@@ -57,9 +58,10 @@ RANK, RANKS = [int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')] if LAUN
 # "The original" is a MobileNetV3 + LSTM + CTC recogniser that stayed at 93 % word error rate for a
 # month, until the first ten of these changes were made together. The others are ours. --undo takes
 # any of them back. To add one: give its setting (a flag, or a field of model.Config) the new value
-# as a default, FIXES a line, and effect() in test_model.py one that shows what it changes.
+# as a default, FIXES a line (OURS its name, if it is ours), and effect() in test_model.py one that
+# shows what it changes.
 
-FIXES = {  # its setting, the value before, why
+FIXES = {  # its setting, the value before, why it is a fix
     'output_init': ('output_init', 'normal',
                     'Xavier: a head of deviation 0.01 passes little gradient down (Glorot & '
                     'Bengio 2010)'),
@@ -157,7 +159,7 @@ FLAGS = {  # by group: name, a type or the choices, default, help
          'and the data flags, where its data lies elsewhere now'),
         ('init_from', str, None,
          "start from a checkpoint's weights, those of new characters apart, with a learning rate "
-         'of 5e-5 unless another is given; best.pt is never worse'),
+         'of 5e-5 unless another is given; with validation data best.pt is never worse'),
         ('evaluate', str, None, 'train nothing; score this checkpoint on --test_data'),
         ('device', str, 'cpu', 'cpu, cuda, cuda:1, ...'),
         ('benchmark', bool, False,
@@ -192,8 +194,8 @@ def make_parser() -> ArgumentParser:
                                         'system with its ten fixes')
     group.add_argument('--only', nargs='+', choices=FIXES, metavar='FIX', default=[],
                        help='take every fix back but these')
-    # A number of threads adds in an order of its own, so it is part of a run. Beyond 8 little is
-    # gained, and where one waits for a core that another program has, all do.
+    # The number of threads decides in which order numbers are added, and so the last bits: a run
+    # keeps its own. More than 8 gain little, and all wait for the slowest.
     parser.set_defaults(**asdict(NETWORK), threads=min(8, torch.get_num_threads()))
     return parser
 
@@ -203,10 +205,13 @@ def parse_flags(argv: Sequence | None = None) -> Namespace:
     UserError."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if '' in vars(args).values():
+        parser.error('a flag has an empty value')
     if args.overfit or args.evaluate:
         parser.set_defaults(valid_data='none', test_data='none')
-    if args.init_from:
-        parser.set_defaults(learning_rate=5e-5)  # the usual one unlearns what is there
+    if args.init_from:  # its network; the usual learning rate unlearns what is there
+        start = model.load_checkpoint(args.init_from)
+        parser.set_defaults(**asdict(start.network.config), learning_rate=5e-5)
     parser.set_defaults(**undone_fixes(args))
     if args.resume:
         typed = {word.partition('=')[0] for word in argv or sys.argv if word.startswith('--')}
@@ -266,9 +271,9 @@ def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedu
         norm = norms['gradient']
         if not norm.isfinite():
             raise UserError(
-                f'update {schedule.last_epoch + 1}: the loss is {loss}, its gradient '
-                'not finite; start again with a lower --learning_rate, as from the last whole '
-                f'epoch, --init_from {args.run_dir}/best.pt')
+                f'update {schedule.last_epoch + 1}: the loss is {loss}, its gradient not finite; '
+                '--resume would end here again, so start with a lower --learning_rate, also from '
+                "the run's best.pt, if it has one, by --init_from")
         clipped = 0 < args.grad_clip < norm
         if clipped:
             clip_grads_with_norm_(network.parameters(), args.grad_clip, norm)
@@ -359,8 +364,7 @@ def make_network(alphabet: list, start: Checkpoint | None, args: Namespace) -> m
             for name, drawn in network.head.state_dict(prefix='head.').items():
                 weights[name] = torch.cat([weights[name], drawn[len(start.alphabet):]])
             network.load_state_dict(weights)
-    with error_at(f'--device {args.device}'):
-        return network.to(args.device)
+    return network.to(args.device)
 
 
 def prepare(splits: Splits, args: Namespace) -> Checkpoint:
@@ -579,8 +583,8 @@ def join_processes(args: Namespace) -> None:
     """Where torchrun has started several processes, let them know of each other; the first alone
     prints. Raises UserError."""
     if RANKS > 1:
-        if args.overfit:
-            raise UserError('--overfit is for one process')
+        if args.overfit or args.evaluate or args.benchmark:
+            raise UserError('--overfit, --evaluate and --benchmark are for one process')
         if args.device != 'cpu':  # --device cuda is then another one for each process
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         torch.distributed.init_process_group()
@@ -609,6 +613,8 @@ def run(args: Namespace) -> None:
         print(f'{folder} is finished: nothing is left to do')
         monitor.print_run(monitor.read_run(folder))
         return
+    with error_at(f'--device {args.device}'):
+        torch.empty(0, device=args.device)
     join_processes(args)
     splits = read_data(args)
     if args.evaluate:
@@ -623,7 +629,7 @@ def run(args: Namespace) -> None:
         return
     for setting in undone_fixes(args):
         print(f'without a fix: {setting} {getattr(args, setting)}')
-    print(f'{sum(map(torch.numel, checkpoint.network.parameters())):,} parameters')
+
     print(monitor.legend(checkpoint.run['plateaus']))
     if RANK == 0 and not args.resume:
         make_folder(checkpoint.run, folder)
