@@ -129,7 +129,7 @@ class BatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        self.momentum = max(0.3, 1 / (1 + self.num_batches_tracked.item()))  # for training
+        self.momentum = max(0.3, 1 / (1 + self.num_batches_tracked.item()))  # not used in eval mode
         return super().forward(x)
 
 
@@ -150,7 +150,7 @@ class ConvNorm(nn.Sequential):
 class SqueezeExcite(nn.Module):
     """Channel gates from the clip's mean over time and bands (Howard et al. 2019, section 5.3).
 
-    A plain average, padding included, makes word error rates depend on the batch size.
+    Of valid frames only: with the padding's, word error rates would depend on the batch.
     """
 
     def __init__(self, channels):
@@ -215,7 +215,7 @@ def upsample(x: Tensor, lengths: Tensor, stride: int, frames_per_output: int) ->
     if stride == frames_per_output:
         return x
     delay = round((stride - 1) / 2 / frames_per_output)
-    # Interpolation looks one frame ahead, where it must not find padding: a clip's last is held.
+    # Interpolation looks one feature ahead, where it must not find padding: a clip's last is held.
     held = torch.arange(x.shape[1] + 1, device=x.device).minimum(lengths[:, None] - 1)
     x = take_frames(x, held).mT                                            # (B, C, T / stride + 1)
     x = F.interpolate(x, scale_factor=stride // frames_per_output, mode='linear')
@@ -283,7 +283,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         channels = 16
-        frames = bands = 2  # of the mels, that one feature stands for, behind the stem
+        frames = bands = 2  # mel frames and mel bands per feature, after the stem
         self.stem = ConvNorm(1, channels, nn.Hardswish, 3, 2)
         self.blocks = nn.ModuleList()
         self.last = nn.Identity()
@@ -343,8 +343,8 @@ class Recogniser(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(2 * config.hidden, config.vocab_size)
         init_weights(self)
-        # Of the weights, and so of all that is computed with them: depthwise convolutions are twice
-        # as fast on a CPU.
+        # Weights that are channels last make all that is computed with them so: depthwise
+        # convolutions are twice as fast on a CPU.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, mels: Tensor, lengths: Tensor, every_layer: bool = False) -> tuple:
@@ -462,8 +462,8 @@ def align(log_probs: Tensor, symbols: Tensor) -> Tensor:
 # ---- a character model, and beam search ----------------------------------------------------------
 
 BEAM = 16                  # texts kept
-# Of the character model and of each character, chosen on dev of AN4 and of kathleen together
-# (results/README.md).
+# The weight of the character model's log-probability, and nats added for each character; chosen on
+# dev of AN4 and of kathleen together (results/README.md).
 LM_WEIGHT, LABEL_BONUS = 0.6, 1.5
 END = '\n'                 # of a sentence, for the character model
 MOST_CONTEXTS = 1_000_000  # of a character model that keeps what it met once
@@ -505,8 +505,7 @@ class CharacterModel:
     def log_prob(self, text: str, character: str) -> float:
         """Of the character after the text, in nats, by the formula above.
 
-        It looks at the text's last characters, `longest` at most; given no more than these, it
-        knows most answers by heart.
+        text: its last characters, `longest` at most; answers are cached, so more are a waste.
         """
         probability = 1 / (len(self.counts['']) + 1)
         for start in range(len(text), -1, -1):  # from the empty context to the longest known
@@ -607,7 +606,7 @@ class Transcript:
         for match in monitor.WORD.finditer(self.text):
             outputs = torch.isin(path, torch.arange(*match.span())).nonzero()[:, 0]
             emitted = self.log_probs[outputs, symbols[path[outputs]]]
-            # Letters on both sides of 400 ms without any are no word: the side with most is.
+            # Where 400 ms without a letter split a word, its larger part is kept.
             side = (outputs.diff(prepend=outputs[:1]) >= 40 // self.frames_per_output).cumsum(0)
             outputs = outputs[side == side.mode().values]
             first, end = (outputs[[0, -1]] * self.frames_per_output).tolist()
@@ -616,7 +615,7 @@ class Transcript:
             while onset > max(before, first - 30) and loudness[onset - 1] > -0.4:
                 onset -= 1
             if words and words[-1].end > seconds(onset):
-                onset = round(before + 0.3 * (first - before))  # less of the gap is the first's
+                onset = round(before + 0.3 * (first - before))  # the word before gets 30 %
                 words[-1].end = seconds(onset)
             before = end + self.frames_per_output
             words.append(Word(match.group(), seconds(onset), seconds(min(before + 5, frames)),

@@ -119,8 +119,8 @@ FLAGS = {  # by group: name, a type or the choices, default, help
         ('test_data', str, None,
          "corpus scored once, at the end; unset: none, or the built-in corpus's; none: no test"),
         ('skip_bad', bool, False,
-         'leave out utterances that cannot be used, which else end the run before it starts (of '
-         'large corpora, files that do not decode when they are met)'),
+         'leave out utterances that cannot be used, which else end the run before it starts (in '
+         'corpora above 5000 utterances, files that do not decode end it when they are met)'),
         ('overfit', COUNT, 0,
          'learn N utterances by heart, without augmentation that is not asked for; 0: train as '
          'usual'),
@@ -267,7 +267,7 @@ def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedu
         loss.lerp(first, args.interctc_weight).backward()
         if schedule.last_epoch % 100 == 0:
             watch(layers[-1], targets, output_lengths, target_lengths, mels, lengths)
-        norms = monitor.gradient_norms(watch.network)
+        norms = monitor.gradient_norms(watch.network)  # without DistributedDataParallel round it
         norm = norms['gradient']
         if not norm.isfinite():
             raise UserError(
@@ -294,7 +294,7 @@ Row = namedtuple('Row', 'file said heard beam path')
 @torch.no_grad()
 def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam: int = 0,
              batch_size: int = 16) -> tuple:
-    """Score every utterance once, greedily and, where beam is not 0, by a beam search so wide.
+    """Score every utterance once, greedily and, where beam is not 0, by beam search of that width.
 
     -> the mean loss of the utterances that CTC can align, and a Row of every one, in their order.
     """
@@ -329,8 +329,8 @@ def rates_of(rows: Sequence, heard: str = 'heard') -> dict:
 # ---- data and network of a run -------------------------------------------------------------------
 
 def read_data(args: Namespace) -> Splits:
-    """The utterances for training, validation and test. Raises UserError that lists all
-    that is broken."""
+    """The utterances for training, validation and test; of --overfit, training is validation too.
+    Raises UserError that lists all that is broken."""
     paths = [args.train_data, args.valid_data, args.test_data]
     if not args.train_data and not args.evaluate:
         paths = [path or own for path, own in zip(paths, data.builtin_corpus().values())]
@@ -368,8 +368,8 @@ def make_network(alphabet: list, start: Checkpoint | None, args: Namespace) -> m
 
 
 def prepare(splits: Splits, args: Namespace) -> Checkpoint:
-    """What a run is before it trains: a checkpoint whose run is what config.json keeps. What it
-    starts from is scored as epoch 0. Raises UserError."""
+    """The checkpoint of a run before it trains; what it says of its run becomes config.json. What
+    it starts from is scored as epoch 0. Raises UserError."""
     known, start = {'alphabet': [''], 'start': []}, None
     if args.resume:
         known = monitor.read_run(args.resume)['config']
@@ -413,8 +413,8 @@ def save_checkpoint(checkpoint: Checkpoint, epoch: dict, folder: Path) -> None:
 
 
 def load_state(path: Path, learning: dict) -> tuple:
-    """Bring what learns back to the end of a run's last whole epoch -> the run's records: log,
-    losses by update, the watch's calls and findings. Raises UserError."""
+    """Load state.pt into network, optimizer and schedule -> the run's records: log, losses by
+    update, the watch's calls and findings. Raises UserError."""
     if not path.exists():
         return [], [], [], []
     with error_at(path):
@@ -426,8 +426,8 @@ def load_state(path: Path, learning: dict) -> tuple:
 
 
 def epoch_loader(speech: Speech, epoch: int, args: Namespace) -> Sequence:
-    """The batches of an epoch, from 0, by seed and epoch alone: of one pass over the data, but of
-    --overfit, of as many as make 50 updates."""
+    """The batches of an epoch, from 0, by seed and epoch alone: one pass over the data; with
+    --overfit as many passes as make 50 updates."""
     passes = ceil(50 / ceil(len(speech.utterances) / args.batch_size)) if args.overfit else 1
     batches = [data.training_batches(speech, args.batch_size, done, RANK, RANKS)
                for done in range(epoch * passes, (epoch + 1) * passes)]
@@ -435,8 +435,8 @@ def epoch_loader(speech: Speech, epoch: int, args: Namespace) -> Sequence:
 
 
 def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) -> list:
-    """Train on speech, validate, record, save and report, epoch by epoch, after the last whole one
-    -> the log, a record of each epoch.
+    """Train on speech, validate, record, save and report, epoch by epoch, from the first that
+    state.pt lacks -> the log, a record of each epoch.
 
     state.pt is all that an epoch hands on to the next, so a killed run ends with the weights of an
     uninterrupted one (of one process, on a CPU). It is written last: killed before that, the epoch
