@@ -424,10 +424,10 @@ def can_align(symbols: Sequence, frames: float, frames_per_output: int) -> bool:
 
 # What tables and manifests call the fields of a row -> what they are called here.
 NAMES = {
-    'audio_filepath': 'audio',
-    'path': 'audio',
-    'file': 'audio',
     'file_name': 'audio',
+    'file': 'audio',
+    'path': 'audio',
+    'audio_filepath': 'audio',
     'sentence': 'text',
     'transcript': 'text',
     'transcription': 'text',
@@ -456,10 +456,13 @@ def numbered_lines(path: Path) -> Iterator:
 def table_rows(path: Path) -> Iterator:
     """A CSV or TSV table with a header, and a row a line. A TSV, as Common Voice has it, does not
     quote."""
-    form = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if path.suffix == '.tsv' else {}
-    (_, header), *lines = numbered_lines(path)
+    form = {'strict': True}
+    if path.suffix == '.tsv':
+        form = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
+    lines = numbered_lines(path)
+    _, header = next(lines, ('', ''))
     for where, line in lines:
-        yield where, *csv.DictReader([header, line], **form)
+        yield where, csv.DictReader([header, line], **form)
 
 
 def librispeech_rows(path: Path) -> Iterator:
@@ -480,8 +483,9 @@ def sphinx_rows(path: Path) -> Iterator:
     for (where, line), (_, file) in zip(numbered_lines(path), files, strict=True):
         text, _, name = line.removesuffix(')').rpartition('(')
         text = re.sub(r'<\S*>|\+\+\S*\+\+|\[\S*\]|\(\d+\)', ' ', text)
-        audio = f'../wav/{file}' if file.endswith(name) else name  # which is not found
-        yield where, {'audio': audio, 'text': text, 'speaker': Path(file).parent.name}
+        if not name or not file.endswith(name):
+            text = ''
+        yield where, {'audio': f'../wav/{file}', 'text': text, 'speaker': Path(file).parent.name}
 
 
 # Of corpora, by how the files of their transcripts end: the reader.
@@ -513,10 +517,14 @@ def find_audio(name: str, folder: Path) -> Path:
 def make_utterance(row: object, where: str) -> Utterance:
     """One row of a corpus, a dict or JSON -> an Utterance. Raises what Python raises where the row
     is wrong."""
-    row = json.loads(row) if isinstance(row, str) else row
+    if isinstance(row, str):
+        row = json.loads(row)
+    elif isinstance(row, csv.DictReader):
+        row, = row
     if None in row:
         raise ValueError('it has more columns than the header')
-    row = {NAMES.get(name, name): value for name, value in row.items() if value not in (None, '')}
+    row = {name: value for name, value in row.items() if value not in (None, '')}
+    row |= {own: row[name] for name, own in NAMES.items() if name in row}
     text = normalise_text(row.get('text', ''))
     text.encode()  # which fails where it is not UTF-8
     if not text or 'audio' not in row:
@@ -550,6 +558,7 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple:
     """
     utterances, faults = [], {}
     with error_at(path):
+        os.stat(path)
         folder = Path(path)
         files = sorted([
             *folder.rglob('[!.]*.trans.txt'),
@@ -563,7 +572,7 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple:
                 with listing(faults, where):
                     utterances.append(make_utterance(row, where))
         if not utterances:
-            fault = min(faults.values(), default='it is empty')
+            fault = next(iter(faults.values()), 'it is empty')
             raise UserError(f'none of {len(faults)} rows is right; {fault}')
     return sorted(utterances, key=lambda u: u.path.stem), faults
 
@@ -587,7 +596,10 @@ def hold_out(train: list, seed: int) -> tuple:
     small = [speaker for speaker in sizes if sizes[speaker] <= len(train) / 10]
     if len(small) < 9 or '' in groups:
         choice = 'at random: not all speakers are known, or under ten have their share'
-        groups = small = sizes = range(len(train))
+        groups = [str(u.path) for u in train]  # parts of one recording stay together
+        if len(set(groups)) == 1:
+            groups = [u.where for u in train]
+        small = sizes = set(groups)
     held_out = set(default_rng(seed).permutation(sorted(small))[:ceil(len(sizes) / 10)])
     sounds = {u.sound for u, group in zip(train, groups) if group in held_out}
     parts = [], []
@@ -656,7 +668,7 @@ def check_recording(u: Utterance, twins: dict) -> dict:
     u.sound = sha256(wave.numpy()).hexdigest()
     twin = twins.setdefault(u.sound, u)
     size = wave.abs()
-    at_peak = size > 0.9999 * size.max()
+    at_peak = F.pad(size > 0.9999 * size.max(), (1, 1))
     mels = log_mels(F.pad(at_16_khz, (WINDOW, WINDOW)))
     return {
         'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
@@ -695,7 +707,7 @@ def describe_corpus(
     texts = [u.text for u in train]
     sentences = set(texts)
     labels = list(map(len, texts))
-    counts = Counter(' '.join(texts))
+    counts = Counter(''.join(texts))
     marks = [c for c in counts if c not in "-'" and category(c)[0] in 'PSN']
     print(f'training    {len(train)} utterances, {hours:.2f} hours, '
           f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)\n'
@@ -876,7 +888,7 @@ def synthesise(text: str, speaker: int = 0) -> tuple:
     (the filter). Raises ValueError for another word.
     """
     words = text.split()
-    if not set(words) <= set(WORDS):
+    if not words or not set(words) <= set(WORDS):
         raise ValueError(f'{text!r}: the synthesiser says {", ".join(WORDS)}')
     # The voice: factors of its formants (a shorter tract has higher ones, and a higher pitch) and
     # of its speed, the level of its breath in dB, where its source's slope begins in Hz.

@@ -23,7 +23,6 @@ References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani &
 (bootstrap).
 """
 import argparse
-import csv
 import itertools
 import json
 import math
@@ -64,14 +63,14 @@ def outputs_needed(symbols: Sequence) -> int:
     return len(symbols) + sum(a == b for a, b in zip(symbols, symbols[1:]))
 
 
-def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int], vocab_size: int,
+def plateau_lines(targets: Sequence, lengths: Sequence, vocab_size: int,
                   blank: int = 0) -> Lines:
     """The losses, in nats per label, of a uniform output and of the best constant one.
 
     targets: symbols by utterance; lengths: outputs by utterance. Both are F.ctc_loss's. In the
     constant output, each label has its frequency in the texts as its part of the labels' share,
     and the blank the rest. Utterances count that have labels and enough outputs for them, taken at
-    equal steps where they have more than 200,000 outputs with padding; nan where there are none.
+    equal steps where CTC's table would have over 40 million cells; nan where there are none.
 
     The labels' share q is known without a search. Of the n outputs of l labels, nearly all likely
     paths give one to each label; they have the probability q ** l * (1 - q) ** (n - l). Its
@@ -83,7 +82,8 @@ def plateau_lines(targets: Sequence[Sequence[int]], lengths: Sequence[int], voca
     if not possible:
         return math.nan, math.nan
     longest = max(length for _, length in possible)
-    possible = possible[::len(possible) * longest // 200_000 + 1]
+    most = max(len(text) for text, _ in possible)
+    possible = possible[::len(possible) * longest * most // 20_000_000 + 1]
     texts, outputs = zip(*possible)
     labels = torch.tensor(list(itertools.chain(*texts)))
     share = 1 / fmean(length / len(text) for text, length in possible)
@@ -121,8 +121,8 @@ def name_phase(loss: float, lines: Lines) -> str:
     return next((phase for phase, limit in limits.items() if not loss <= limit), 'learnt')
 
 
-def plateaus_left(losses: Sequence[float], lines: Lines,
-                  window: int = 20) -> dict[str, int | None]:
+def plateaus_left(losses: Sequence, lines: Lines,
+                  window: int = 20) -> dict:
     """The updates at which a run left each plateau, None where it has not yet.
 
     losses: of every update so far. A plateau is left when the mean of the last ones, a window of
@@ -140,7 +140,7 @@ def plateaus_left(losses: Sequence[float], lines: Lines,
 
 # ---- gradients and outputs -----------------------------------------------------------------------
 
-def gradient_norms(network: nn.Module) -> dict[str, Tensor]:
+def gradient_norms(network: nn.Module) -> dict:
     """The norm of the gradients of each of the network's children, and of them together:
     {'gradient.NAME': ..., 'gradient': ...}."""
     norms = {}
@@ -157,7 +157,7 @@ def valid_frames(frames: int, lengths: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def output_figures(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> dict[str, float]:
+def output_figures(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> dict:
     """What a batch's outputs (B, T', V) are like; log_probs of clips of lengths (B,).
 
     entropy    mean over outputs, as a share of ln V
@@ -176,7 +176,7 @@ def output_figures(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> dict[s
 
 # ---- error rates ---------------------------------------------------------------------------------
 
-def edit_counts(reference: Sequence, hypothesis: Sequence) -> tuple[int, int, int, int]:
+def edit_counts(reference: Sequence, hypothesis: Sequence) -> tuple:
     """What turns a reference into a hypothesis: (errors, substitutions, insertions, deletions).
 
     Of the alignments with the fewest errors (Levenshtein 1966), one with the fewest substitutions.
@@ -200,12 +200,12 @@ UNSPACED = ('\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3040-\u30ff\u3400-\u
 WORD = re.compile(rf'[{UNSPACED}]|[^\s{UNSPACED}]+')
 
 
-def words_of(text: str) -> list[str]:
+def words_of(text: str) -> list:
     """The words of a text; in scripts that are written without spaces, each character is one."""
     return WORD.findall(text)
 
 
-def bootstrap_interval(errors: Tensor, words: Tensor) -> list[float]:
+def bootstrap_interval(errors: Tensor, words: Tensor) -> list:
     """The middle 95 % of the word error rates of 1000 samples of as many utterances, in per cent.
 
     errors, words: (N,), by utterance (Bisani & Ney 2004).
@@ -216,7 +216,7 @@ def bootstrap_interval(errors: Tensor, words: Tensor) -> list[float]:
     return rates.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
-def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict:
+def error_rates(references: Sequence, hypotheses: Sequence) -> dict:
     """Word, character and sentence error rates in per cent, with counts and the WER's interval.
 
     (S + I + D) / reference length; errors are pooled over all utterances. Words are those of
@@ -238,7 +238,7 @@ def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> dict:
 # ---- a batch of anybody's network ----------------------------------------------------------------
 
 def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor,
-              blank: int = 0, untrained: bool = False) -> list[str]:
+              blank: int = 0, untrained: bool = False) -> list:
     """What is wrong with a batch as F.ctc_loss takes it, in words, each with a next step.
 
     log_probs (T, B, V); targets (B, S), or (sum of target_lengths,); both lengths (B,). A wrong
@@ -252,10 +252,11 @@ def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_
     return findings
 
 
-def read_batch(blank: int, *tensors: Tensor) -> tuple[list[str], list[Tensor]]:
+def read_batch(blank: int, *tensors: Tensor) -> tuple:
     """What F.ctc_loss takes -> what breaks its contract, in words; and the same again, as log_probs
     (T, B, V) in single precision, all labels in one line, and both lengths (B,)."""
     batch = [torch.as_tensor(x).detach().cpu().float() for x in tensors]
+    batch[2:] = map(Tensor.flatten, batch[2:])  # also where they are (B, 1)
     fault = wrong_shape(*batch)
     if fault:
         return [fault], batch
@@ -275,15 +276,15 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
         return ('lengths are not whole numbers from 0; where they are shares of the longest, '
                 'multiply them by its number of outputs, and round')
     batch, shape = target_lengths.numel(), tuple(log_probs.shape)
-    if len(shape) != 3 or shape[1] != batch:
+    if len(shape) != 3 or shape[1] != batch or 0 in shape:
         advice = 'of one clip, take log_probs.unsqueeze(1)'
-        if shape[0] == batch and len(shape) == 3:
+        if len(shape) == 3 and shape[0] == batch:
             advice = 'it looks like (B, T, V), so take log_probs.transpose(0, 1)'
             if (log_probs.exp().sum(1) - 1).abs().median() < 0.07:
                 advice = 'it looks like (B, V, T), so take log_probs.permute(2, 0, 1)'
         elif len(shape) == 3:
-            advice = ('where parts of the batch are joined along time, as DataParallel does, let '
-                      'the network return (B, T, V), and transpose then')
+            advice = ('see which dimension is the batch; where parts of it are joined along time, '
+                      'as DataParallel does, let the network return (B, T, V), and transpose then')
         return f'log_probs has the shape {shape}, not (T, {batch}, V) as target_lengths; {advice}'
     longest = target_lengths.max()
     padded = targets.dim() == 2 and len(targets) == batch and targets.shape[1] >= longest
@@ -294,7 +295,7 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
     return None
 
 
-def wrong_labels(labels: Tensor, sizes: Tensor, last: int, blank: int) -> Iterator[str]:
+def wrong_labels(labels: Tensor, sizes: Tensor, last: int, blank: int) -> Iterator:
     """Targets that are not labels, or say nothing; sizes: of the texts (B,); last: the last symbol.
     """
     for wrong, fault in (
@@ -321,7 +322,7 @@ def wrong_labels(labels: Tensor, sizes: Tensor, last: int, blank: int) -> Iterat
 
 
 def wrong_outputs(log_probs: Tensor, labels: Tensor, lengths: Tensor,
-                  sizes: Tensor) -> Iterator[str]:
+                  sizes: Tensor) -> Iterator:
     """Outputs that are not logarithms of probabilities, or as many as cannot be right."""
     def sums_to_one(probabilities):  # nearly all of them, as exactly as half precision has them
         return ((probabilities.sum(1) - 1).abs() < 0.07).float().mean() > 0.5
@@ -369,7 +370,7 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
     ends = int((apart[-3:].amax(0) < 0.05 * apart.amax()).sum())
     return output_figures(log_probs.transpose(0, 1), lengths, blank) | {
         'loss': loss, 'lines': lines, 'phase': name_phase(loss, lines),
-        'median': float(losses.quantile(0.5)) / lines[1],
+        'median': float(losses.quantile(0.5) / lines[1]),
         'far': fmean(losses > lines[1]),
         'lengths': torch.stack([lengths, sizes], 1).tolist(),
         'apart': float(apart.amax()) if len(texts) > 1 else math.inf,
@@ -377,7 +378,7 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
         'spread': float((shared.amax(2) - shared.amin(2)).max())}
 
 
-def judge(calls: Sequence[Mapping]) -> Iterator[str]:
+def judge(calls: Sequence) -> Iterator:
     """The first thing that is wrong, with a next step, of what look, or Watch, has seen so far; or
     the phase, where it is a plateau's, or new."""
     last, later = calls[-1], calls[1:]
@@ -402,7 +403,7 @@ def judge(calls: Sequence[Mapping]) -> Iterator[str]:
         yield f'phase {phase}: {where}; {PHASES[phase]}'
 
 
-def judge_watched(calls: Sequence[Mapping]) -> Iterator[str]:
+def judge_watched(calls: Sequence) -> Iterator:
     """What is wrong, of what Watch has seen: with the network's parts, then, after its first call,
     with outputs and transcripts."""
     last, later = calls[-1], calls[1:]
@@ -442,7 +443,7 @@ def judge_watched(calls: Sequence[Mapping]) -> Iterator[str]:
         yield from unrelated_lengths(list(itertools.chain(*(call['lengths'] for call in later))))
 
 
-def unrelated_lengths(pairs: Sequence[tuple[float, float]]) -> Iterator[str]:
+def unrelated_lengths(pairs: Sequence) -> Iterator:
     """What is wrong where the lengths of recordings and of their transcripts hardly correlate;
     fewer than 64, or nearly equal ones, say nothing."""
     lengths = list(zip(*pairs))
@@ -470,7 +471,7 @@ class Watch:
     they are: training ends in the same bits with it and without.
     """
 
-    def __init__(self, network: nn.Module, forward: Callable[..., Tensor] | None = None,
+    def __init__(self, network: nn.Module, forward: Callable | None = None,
                  blank: int = 0, batch_first: bool = False):
         self.network = getattr(network, 'module', network)
         self.forward = forward or self.network
@@ -480,7 +481,7 @@ class Watch:
         self.findings = []  # of the last, but for the phase
 
     def __call__(self, log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
-                 target_lengths: Tensor, sound: Tensor, *others: object) -> list[str]:
+                 target_lengths: Tensor, sound: Tensor, *others: object) -> list:
         """What check_ctc takes, and the network's inputs -> what is wrong, each with a next step,
         or the phase, on a plateau and where one has been left. Prints it."""
         findings, batch = read_batch(self.blank, log_probs.movedim(self.batch_dim, 1), targets,
@@ -502,7 +503,7 @@ class Watch:
         self.findings = [finding for finding in findings if not finding.startswith('phase')]
         return findings
 
-    def look_in_eval_mode(self, batch: Sequence[Tensor], sound: Tensor,
+    def look_in_eval_mode(self, batch: Sequence, sound: Tensor,
                           *others: object) -> dict:
         """The loss in eval mode, how far clips are apart then, and which share of the gradient of
         the first clip's outputs lies in the other clips' inputs: none, but where clips mix."""
@@ -521,7 +522,7 @@ class Watch:
 
 
 @contextmanager
-def in_eval_mode(network: nn.Module) -> Iterator[None]:
+def in_eval_mode(network: nn.Module) -> Iterator:
     """A network in eval mode; then its mode, buffers and PyTorch's random numbers as they were."""
     modes = [(module, module.training) for module in network.modules()]
     buffers = [buffer.clone() for buffer in network.buffers()]
@@ -560,7 +561,7 @@ def epoch_line(record: Mapping) -> str:
     return words.format(**record)
 
 
-def print_scores(results: Mapping[str, Mapping]) -> None:
+def print_scores(results: Mapping) -> None:
     """Print {what was scored: error rates}, with what they are made of."""
     words = ('WER {wer:.2f} % ({substitutions} S, {insertions} I, {deletions} D in {words} words '
              'of {utterances} utterances; 95 %: {interval[0]:.1f} to {interval[1]:.1f}), '
@@ -589,9 +590,8 @@ def read_run(folder: str | Path) -> dict:
             run['results'] = json.loads(read('results.json'))
         for split in 'valid', 'test':
             if split in run['results']:
-                rows = read(f'{split}.tsv').split('\n')
-                run['sentences'] = list(csv.DictReader(rows, delimiter='\t',
-                                                       quoting=csv.QUOTE_NONE))
+                names, *rows, _ = [line.split('\t') for line in read(f'{split}.tsv').split('\n')]
+                run['sentences'] = [dict(zip(names, row, strict=True)) for row in rows]
     return run
 
 
@@ -608,13 +608,13 @@ def judged_by(record: Mapping) -> float:
     return record.get('valid_loss', record['train_loss'])
 
 
-def best_epoch(log: Sequence[Mapping]) -> Mapping:
+def best_epoch(log: Sequence) -> Mapping:
     """The record of the lowest validation WER; of equal ones that of the lowest CER, of those the
     last; without validation the last. best.pt holds it."""
     return min(reversed(log), key=lambda record: (record.get('wer', 0), record.get('cer', 0)))
 
 
-def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
+def explain(log: Sequence, config: Mapping) -> Iterator:
     """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
     last = log[-1]
     way = plateau_fraction(judged_by(last),
@@ -631,7 +631,7 @@ def explain(log: Sequence[Mapping], config: Mapping) -> Iterator[str]:
     yield f'how to go on: {next_step(log, config)}'
 
 
-def next_step(log: Sequence[Mapping], config: Mapping) -> str:
+def next_step(log: Sequence, config: Mapping) -> str:
     """What to try first after a run of these records of the log."""
     last = log[-1]
     updates = last['updates']
@@ -669,18 +669,18 @@ def next_step(log: Sequence[Mapping], config: Mapping) -> str:
     return 'no warning applies; if the last epochs still improved, give a new run more'
 
 
-def print_comparison(runs: Sequence[Mapping]) -> None:
+def print_comparison(runs: Sequence) -> None:
     """Print a table of runs, those together that differ by their seed alone: the WER of each, their
     mean (that of all their words), standard deviation and 95 % interval over utterances; of two
     groups, or of two runs, whether one is better: whether the interval of their difference, in the
     same samples of the utterances (paired bootstrap, Bisani & Ney 2004), excludes 0.
 
-    Raises UserError where runs are not finished, or have scored other recordings.
+    Raises UserError where runs are not finished, or have scored other sentences.
     """
     said = [row['said'] for row in runs[0]['sentences']]
     for run in runs:
         if not said or [row['said'] for row in run['sentences']] != said:
-            raise UserError(f'{run["name"]}: not finished, or other recordings were scored')
+            raise UserError(f'{run["name"]}: not finished, or other sentences were scored')
     words = torch.tensor([len(words_of(text)) for text in said])
     flags = [run['config']['flags'] for run in runs]
     differ = [name for name in flags[0] if len({str(own.get(name)) for own in flags}) > 1
@@ -723,13 +723,12 @@ def load_pyplot() -> object:
         import matplotlib
     matplotlib.use('agg')
     from matplotlib import pyplot
-    pyplot.rcParams.update({'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False,
-                            'legend.frameon': False,
-                            'text.parse_math': False})  # a $ in a text or a name is a $
+    # A $ in a text or a name is a $.
+    pyplot.rcParams.update({'font.size': 9, 'text.parse_math': False})
     return pyplot
 
 
-def plot_runs(runs: Sequence[Mapping], path: str) -> None:
+def plot_runs(runs: Sequence, path: str) -> None:
     """Draw runs on the same axes: losses, with phases as dots and both plateaus, WER, gradient
     norms by part, and what each heard of the longest sentence. Raises OSError, ValueError."""
     if not all(run['log'] for run in runs):
@@ -771,7 +770,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def error_at(where: object) -> Iterator[None]:
+def error_at(where: object) -> Iterator:
     """Readers raise what Python raises; this turns it into a UserError: 'where: what and why'."""
     try:
         yield
@@ -785,7 +784,7 @@ def error_at(where: object) -> Iterator[None]:
 
 
 @contextmanager
-def one_line_ends(program: str, go_on: str = '') -> Iterator[None]:
+def one_line_ends(program: str, go_on: str = '') -> Iterator:
     """End a program in one line where its user's input cannot be used, or it is interrupted.
 
     go_on: what to do after an interrupt (Ctrl-C or SIGTERM), in words. Characters that the terminal
@@ -812,7 +811,7 @@ def clear_status() -> None:
         print('\r\x1b[K', end='', file=sys.stderr)
 
 
-def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = 1e9) -> Callable:
     """An argparse type: an int or a float from low to high."""
     def parse(text):
         value = kind(text)
@@ -845,19 +844,19 @@ def typical_lines(outputs: float, labels: float, vocab_size: float, equal: bool)
     return lines
 
 
-def read_losses(path: str) -> list[float]:
+def read_losses(path: str) -> list:
     """The losses of a log, one a line: the number behind "loss", as in JSON or in words, or in a
     table's column whose name has "loss" in it, or else the last one. Raises UserError."""
     losses, column = [], -1
     with error_at(path):
         for line in Path(path).read_text(encoding='utf-8-sig').lower().splitlines():
-            cells = re.findall(r'[^,;\s]+', line)
+            cells = re.split('[,;\t]' if re.search('[,;\t]', line) else r'\s+', line.strip(' '))
             named = re.search(r'loss\W+?(-?(?:\d*\.?\d+(?:e[+-]?\d+)?|nan\b|inf\b))', line)
             if named:
                 losses.append(float(named[1]))
             elif 'loss' in line:
                 column = ['loss' in cell for cell in cells].index(True)
-            elif cells:
+            elif line.strip():
                 losses.append(float(cells[column]))
         if not losses:
             raise ValueError('it holds no losses')
@@ -885,7 +884,7 @@ def print_lines(args: argparse.Namespace) -> None:
               '{left_constant} (None: not yet)'.format(**plateaus_left(losses, lines, window)))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence | None = None) -> None:
     parser = argparse.ArgumentParser(
         description='Read a run: a table by epoch, its phase, how to go on. Or compare several: '
                     'settings that differ, scores, their spread; for two, a paired bootstrap.')

@@ -543,7 +543,7 @@ def joined(log_probs):
     # Wav2Letter of torchaudio; CRNN_Chinese_Characters_Rec#267
     ('attention', 'log_probs', lambda x: x.transpose(0, 1), 'take log_probs.transpose(0, 1)'),
     ('attention', 'log_probs', lambda x: x.permute(1, 2, 0), 'take log_probs.permute(2, 0, 1)'),
-    ('images', 'log_probs', joined, 'parts of the batch are joined along time'),
+    ('images', 'log_probs', joined, 'where parts of it are joined along time'),
     ('recurrent', 'log_probs', lambda x: x[:, 0], 'take log_probs.unsqueeze(1)'),
     # CRNN-with-STN#7; deepspeech.pytorch#354; speechbrain#1410
     ('images', 'log_probs', lambda x: x[:, :1].expand_as(x), 'every utterance gets the same'),
@@ -722,7 +722,7 @@ def test_runs_are_compared_by_a_paired_bootstrap(tmp_path, printed):
 
 @cases('name,text,message', [
     ('log.jsonl', '{"epoch', 'run: cannot be used (Unterminated string'),
-    ('test.tsv', 'file\n', 'run: not finished, or other recordings were scored'),
+    ('test.tsv', 'file\n', 'run: not finished, or other sentences were scored'),
 ])
 def test_folders_that_hold_no_run_are_named(name, text, message, tmp_path):
     runs = [fake_run(tmp_path / folder) for folder in ('other', 'run')]
