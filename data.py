@@ -483,9 +483,10 @@ def sphinx_rows(path: Path) -> Iterator:
     for (where, line), (_, file) in zip(numbered_lines(path), files, strict=True):
         text, _, name = line.removesuffix(')').rpartition('(')
         text = re.sub(r'<\S*>|\+\+\S*\+\+|\[\S*\]|\(\d+\)', ' ', text)
+        audio = f'../wav/{file}'
         if not name or not file.endswith(name):
-            text = ''
-        yield where, {'audio': f'../wav/{file}', 'text': text, 'speaker': Path(file).parent.name}
+            audio = f'({name}), where .fileids has {file},'  # "... is not a file"
+        yield where, {'audio': audio, 'text': text, 'speaker': Path(file).parent.name}
 
 
 # Of corpora, by how the files of their transcripts end: the reader.
@@ -643,11 +644,10 @@ def read_splits(
                 raise ValueError(TOO_SHORT)
             if u.duration > 40:
                 raise ValueError('training takes up to 40 s; cut or remove it')
-    hold = valid is None
-    train, valid, test = ([u for u in side if u.where not in faults] for side in sides)
-    if hold and len(train) > 1:
-        train, valid = hold_out(train, seed)
-    return Splits(train, valid, test, faults, problems)
+    usable = [[u for u in side if u.where not in faults] for side in sides]
+    if valid is None and len(usable[0]) > 1:
+        usable[:2] = hold_out(usable[0], seed)
+    return Splits(*usable, faults, problems)
 
 
 # ---- inspection ----------------------------------------------------------------------------------
@@ -660,7 +660,9 @@ def check_recording(u: Utterance, twins: dict) -> dict:
     transcription tolerate silence and clicks, which are still worth checking.
     """
     wave, rate = load_utterance(u)
-    first, _ = load_utterance(u, channel=1)
+    first = wave
+    if soundfile.info(u.path).channels > 1:
+        first, _ = load_utterance(u, 1)  # its first channel
     at_16_khz = resample(wave, rate, SAMPLE_RATE)
     u.duration = len(wave) / rate
     u.frames = len(features(at_16_khz)[0])
@@ -1007,9 +1009,9 @@ def main(argv: Sequence = None) -> None:
     with monitor.one_line_ends('data.py'):
         if not args.say:
             return inspect_corpus(args.path)
-        with error_at(args.path):
+        with whole_file(args.path) as part:
             wave, spans = synthesise(normalise_text(args.say))
-            soundfile.write(args.path, wave, SAMPLE_RATE)
+            soundfile.write(part, wave, SAMPLE_RATE)
         for word, start, end in spans:
             print(f'{start:6.2f} {end:6.2f}  {word}')
 

@@ -50,8 +50,6 @@ PHASES = {
     'learnt': 'the plateau is left',
 }
 
-Lines = tuple[float, float]  # losses in nats per label: of a uniform and of a constant output
-
 
 # ---- the two plateaus ----------------------------------------------------------------------------
 
@@ -64,7 +62,7 @@ def outputs_needed(symbols: Sequence) -> int:
 
 
 def plateau_lines(targets: Sequence, lengths: Sequence, vocab_size: int,
-                  blank: int = 0) -> Lines:
+                  blank: int = 0) -> tuple:
     """The losses, in nats per label, of a uniform output and of the best constant one.
 
     targets: symbols by utterance; lengths: outputs by utterance. Both are F.ctc_loss's. In the
@@ -98,7 +96,7 @@ def plateau_lines(targets: Sequence, lengths: Sequence, vocab_size: int,
     return uniform, min(uniform, loss_of(frequent))
 
 
-def plateau_fraction(loss: float, lines: Lines) -> float:
+def plateau_fraction(loss: float, lines: tuple) -> float:
     """How far a loss has come from the uniform line, 0, to the constant one, 1.
 
     Reaching 1 is not learning; passing it is.
@@ -107,7 +105,7 @@ def plateau_fraction(loss: float, lines: Lines) -> float:
     return (uniform - loss) / max(uniform - constant, 1e-9)  # they may be equal where V is 2
 
 
-def name_phase(loss: float, lines: Lines) -> str:
+def name_phase(loss: float, lines: tuple) -> str:
     """Where a network stands by its loss, in nats per label, and the lines of the same utterances.
 
     uniform    nearer to the uniform line than to the constant one, or above both
@@ -121,7 +119,7 @@ def name_phase(loss: float, lines: Lines) -> str:
     return next((phase for phase, limit in limits.items() if not loss <= limit), 'learnt')
 
 
-def plateaus_left(losses: Sequence, lines: Lines,
+def plateaus_left(losses: Sequence, lines: tuple,
                   window: int = 20) -> dict:
     """The updates at which a run left each plateau, None where it has not yet.
 
@@ -277,14 +275,14 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
                 'multiply them by its number of outputs, and round')
     batch, shape = target_lengths.numel(), tuple(log_probs.shape)
     if len(shape) != 3 or shape[1] != batch or 0 in shape:
-        advice = 'of one clip, take log_probs.unsqueeze(1)'
-        if len(shape) == 3 and shape[0] == batch:
+        advice = ('see which dimension is the batch; where parts of it are joined along time, as '
+                  'DataParallel does, let the network return (B, T, V), and transpose then')
+        if len(shape) != 3:
+            advice = 'of one clip, take log_probs.unsqueeze(1)'
+        elif shape[0] == batch:
             advice = 'it looks like (B, T, V), so take log_probs.transpose(0, 1)'
             if (log_probs.exp().sum(1) - 1).abs().median() < 0.07:
                 advice = 'it looks like (B, V, T), so take log_probs.permute(2, 0, 1)'
-        elif len(shape) == 3:
-            advice = ('see which dimension is the batch; where parts of it are joined along time, '
-                      'as DataParallel does, let the network return (B, T, V), and transpose then')
         return f'log_probs has the shape {shape}, not (T, {batch}, V) as target_lengths; {advice}'
     longest = target_lengths.max()
     padded = targets.dim() == 2 and len(targets) == batch and targets.shape[1] >= longest
@@ -539,7 +537,7 @@ def in_eval_mode(network: nn.Module) -> Iterator:
 
 # ---- lines on the terminal -----------------------------------------------------------------------
 
-def legend(lines: Lines) -> str:
+def legend(lines: tuple) -> str:
     """What the epochs' lines mean, for the first lines of a run."""
     uniform, constant = lines
     return (f'loss: CTC in nats per label; {uniform:.2f} if all symbols are equally likely, where '
@@ -824,7 +822,7 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable:
 
 # ---- python monitor.py ---------------------------------------------------------------------------
 
-def typical_lines(outputs: float, labels: float, vocab_size: float, equal: bool) -> Lines:
+def typical_lines(outputs: float, labels: float, vocab_size: float, equal: bool) -> tuple:
     """Both plateau lines of texts of so many labels, in the mean, in so many outputs, without a
     corpus.
 

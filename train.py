@@ -210,8 +210,8 @@ def parse_flags(argv: Sequence | None = None) -> Namespace:
     if args.overfit or args.evaluate:
         parser.set_defaults(valid_data='none', test_data='none')
     if args.init_from:  # its network; the usual learning rate unlearns what is there
-        start = model.load_checkpoint(args.init_from)
-        parser.set_defaults(**asdict(start.network.config), learning_rate=5e-5)
+        parser.set_defaults(learning_rate=5e-5,
+                            **asdict(model.load_checkpoint(args.init_from).network.config))
     parser.set_defaults(**undone_fixes(args))
     if args.resume:
         typed = {word.partition('=')[0] for word in argv or sys.argv if word.startswith('--')}
@@ -452,7 +452,7 @@ def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) ->
     if RANKS > 1:  # several processes average their gradients
         trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
                                                       find_unused_parameters=True)
-    if config['start'] and not log and RANK == 0:
+    if config['start'] and not log and not RANK:
         save_checkpoint(checkpoint, config['start'][0], folder)
     while len(log) < args.epochs and not (args.overfit and log and log[-1]['cer'] == 0):
         start = time.time()
@@ -562,7 +562,7 @@ def report_overfit(last: dict, args: Namespace) -> None:
 def benchmark(checkpoint: Checkpoint, speech: Speech, args: Namespace) -> None:
     """Print the seconds of audio that pass in a second, on 40 batches, as one JSON line."""
     network = checkpoint.network
-    batches = data.training_batches(speech, args.batch_size, epoch=0)[:40]
+    batches = data.training_batches(speech, args.batch_size, 0)[:40]  # of epoch 0
     clips = [speech.utterances[i] for _, i in sum(batches, [])]
     seconds = sum(u.duration for u in clips)
     loader = data.loader(speech, batches, args.workers)
@@ -631,12 +631,12 @@ def run(args: Namespace) -> None:
         print(f'without a fix: {setting} {getattr(args, setting)}')
 
     print(monitor.legend(checkpoint.run['plateaus']))
-    if RANK == 0 and not args.resume:
+    if not RANK and not args.resume:
         make_folder(checkpoint.run, folder)
     go_on = f'; to go on: python train.py --resume {shlex.quote(args.run_dir)}'
     with monitor.one_line_ends('train.py', go_on):
         log = fit(checkpoint, speech, splits.valid, args)
-        if RANK == 0:
+        if not RANK:
             finish(folder / 'best.pt', splits, args)
             if args.overfit:
                 report_overfit(log[-1], args)
