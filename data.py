@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
-from math import ceil
+from math import ceil, log, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -58,7 +58,7 @@ FRAMES_PER_OUTPUT = 4                # the default: 25 outputs a second
 
 # ---- from a recording to features ----------------------------------------------------------------
 
-def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
+def resample(wave: Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> Tensor:
     """Band-limited resampling of wave (S,) -> (ceil(S * new_rate / rate),).
 
     Its spectrum is cut, or continued with zeros, at the lower of the two Nyquist frequencies. Rates
@@ -116,9 +116,9 @@ def mel_filters() -> Tensor:
     From 0 to 8 kHz; a mel is 200/3 Hz up to 1 kHz and logarithmic above. No area norm: normalising
     over the clip would cancel it.
     """
-    log_step = np.log(6.4) / 27  # above 1 kHz, 27 mels lead from 1 to 6.4 kHz
-    mels = np.linspace(0, 15 + np.log(8) / log_step, N_MELS + 2)
-    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(log_step * (mels - 15)))
+    # 15 mels lead from 0 to 1 kHz, 27 more from 1 to 6.4 kHz.
+    mels = np.linspace(0, 15 + 27 * log(8, 6.4), N_MELS + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
     # A triangle is 1 at its own peak and 0 at all others.
     triangles = [np.interp(HERTZ, edges, peaks) for peaks in np.eye(N_MELS + 2)[1:-1]]
     return torch.tensor(np.hstack(triangles)).float()
@@ -180,7 +180,7 @@ def features(wave: Tensor) -> tuple:
     # Speech is what comes within 35 dB, 8 nats of power, of the voice's level. Its first and last
     # frame, half of whose window may lie in silence, do not count for what follows.
     power = moving_median(mels.logsumexp(1))
-    spoken = (power >= voice_level(power) - 8).nonzero()[:, 0].tolist()  # the frames' numbers
+    spoken = np.flatnonzero(power >= voice_level(power) - 8).tolist()    # the frames' numbers
     start = max(0, spoken[0] - MARGIN)
     end = spoken[-1] + 1 + MARGIN
     inner = spoken[1:-1] or spoken
@@ -202,9 +202,8 @@ def spec_augment(mels: Tensor, rng: Generator) -> None:
     After Park et al. 2019 and, for masks that grow with the clip, 2020: two masks of up to 15 mel
     bands, and for each second one of up to 250 ms, a quarter of the clip at most.
     """
-    bands = [(1, 15)] * 2
     stretches = [(0, min(25, len(mels) // 4))] * ceil(len(mels) / 100)
-    for axis, widest in bands + stretches:
+    for axis, widest in [(1, 15)] * 2 + stretches:
         width = rng.integers(widest + 1)
         start = rng.integers(mels.shape[axis] - width + 1)
         mels.narrow(axis, start, width).zero_()
@@ -823,8 +822,7 @@ def plan_phones(words: list, tract: float, accent: dict, tempo: float, rng: Gene
     for word in words:
         first = len(segments)
         for name in WORDS[word].split():
-            formants = accent[name] * rng.normal(1, 0.05, 3)
-            phone = PHONES[name] * np.r_[1, formants, 1, 1, tract, 1]
+            phone = PHONES[name] * np.r_[1, accent[name] * rng.normal(1, 0.05, 3), 1, 1, tract, 1]
             ms, *_ = phone / tempo
             if name in 'ptkg':  # stops begin with a closure
                 add(phone, 55 / tempo * rng.uniform(0.7, 1.4), 17, 200)
@@ -836,8 +834,8 @@ def plan_phones(words: list, tract: float, accent: dict, tempo: float, rng: Gene
         if chance < 0.6:  # the voice dies away, then a gap
             for fade in 10, 20, 30:
                 add(phone, 1 if name in 'ptkfsth' else 40, fade, fade)
-            longest = 1500 if chance < 0.15 else 300  # a quarter: pauses
-            add(phone, rng.uniform(30, longest), 200, 200)
+            # A quarter of the gaps are pauses.
+            add(phone, rng.uniform(30, 1500 if chance < 0.15 else 300), 200, 200)
     add(segments[0], 4 * rng.integers(40, 100), 200, 200)
     return np.roll(segments, 1, 0).T, spans  # the last added comes first
 
@@ -861,8 +859,7 @@ def make_source(pitch: float, steps: int, rng: Generator) -> Tensor:
     harmonics = int(8000 / hertz.max())
     # The sum of the cosines of all harmonics, in closed form.
     cosines = np.sin((2 * harmonics + 1) * half_phase) / np.sin(half_phase) - 1
-    pulses = cosines / np.sqrt(2 * harmonics)
-    waves = np.array([pulses, rng.standard_normal(samples)], 'float32')
+    waves = np.array([cosines / np.sqrt(2 * harmonics), rng.standard_normal(samples)], 'float32')
     return torch.stft(torch.tensor(waves), **SPECTRUM, return_complex=True)
 
 
@@ -873,13 +870,10 @@ def unit_power(response: Tensor) -> Tensor:
 
 def tube_response(tract: float, formants: list) -> Tensor:
     """The vocal tract's (257, n): a resonance for each formant, the fourth and above fixed."""
-    response = 1
     upper = tract * torch.arange(3500, 8000, 1000)
-    for f in *upper, *formants:
-        bandwidth = 50 + f / 20  # Hz
-        resonance = 1 - (HERTZ / f) ** 2 + 1j * HERTZ * (bandwidth / f ** 2)
-        response = response * resonance
-    return 1 / response
+    resonances = [1 - (HERTZ / f) ** 2 + 1j * HERTZ * ((50 + f / 20) / f ** 2)  # 50 + f / 20 wide
+                  for f in (*upper, *formants)]
+    return 1 / prod(resonances)
 
 
 def synthesise(text: str, speaker: int = 0) -> tuple:
@@ -907,7 +901,7 @@ def synthesise(text: str, speaker: int = 0) -> tuple:
     steps = planned[0].astype(int)
     ends = np.cumsum(steps) / 250  # seconds
     centres, octaves = torch.tensor(planned[6:]).float()
-    _, *formants, voiced, hissed = planned[:6].repeat(steps, 1)         # of every step
+    *formants, voiced, hissed = planned[1:6].repeat(steps, 1)           # of every step
 
     # Coarticulation: formants glide for 50 ms from phone to phone, voicing sets in over 56 ms,
     # noise within 16.
@@ -915,29 +909,27 @@ def synthesise(text: str, speaker: int = 0) -> tuple:
     voiced = glide(10 ** (voiced / 20), 14)
     hissed = glide(10 ** (hissed / 20), 4)
 
-    pulses, noise = make_source(pitch, steps.sum(), rng)
+    pulses, noise = make_source(pitch, len(voiced), rng)
     tube = tube_response(tract, formants)
     # The hiss is a bell over the logarithm of frequency, the room 10 to 35 dB below a vowel.
     distance = (HERTZ.clamp(50) / 1000 / centres).log2() / octaves
-    bell = unit_power((-(distance ** 2) / 2).exp())                     # of every segment
+    bell = unit_power((distance ** 2 / -2).exp())                        # of every segment
     bell = bell.repeat_interleave(torch.tensor(steps), 1)
     colour = 1 / (1 + HERTZ / 10 ** rng.uniform(2, 3.7))
-    room = unit_power(colour) * 10 ** (-rng.uniform(10, 35) / 20)
+    room = unit_power(colour) * 10 ** (rng.uniform(10, 35) / -20)
     breathed = 0.3 * hissed + voiced * 10 ** (breath / 20)
-    slope = 1 + HERTZ / corner
-    voice = unit_power(tube / slope) * voiced * pulses
+    voice = unit_power(tube / (1 + HERTZ / corner)) * voiced * pulses
     rest = noise * (unit_power(tube) * breathed + room + bell * hissed)
     wave = torch.istft(voice + rest, **SPECTRUM)
     wave = wave * (rng.uniform(0.2, 0.9) / wave.abs().max())
-    times = [(word, ends[first], ends[last]) for word, first, last in spans]
-    return wave.numpy(), times
+    return wave.numpy(), [(word, ends[first], ends[last]) for word, first, last in spans]
 
 
 def speak_corpus(folder: Path) -> None:
     """Speak the built-in corpus into a folder: texts of one to six random words. Raises OSError."""
     for split, (first_speaker, speakers, utterances) in BUILTIN.items():
         rng = default_rng(first_speaker)
-        os.makedirs(folder / split, exist_ok=True)
+        os.makedirs(folder / split)
         rows = []
         for i in progress(range(utterances), 'speaking the built-in corpus, once:'):
             path = f'{split}/{i:04}.flac'
@@ -958,9 +950,8 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
     if not os.path.exists(folder):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # of many small operations, threads would wait for each other
-        with (error_at(folder),
-              TemporaryDirectory(prefix='unfinished.', dir=Path(folder).parent) as parent):
-            spoken = Path(parent) / 'corpus'
+        with error_at(folder), TemporaryDirectory(dir=Path(folder).parent) as parent:
+            spoken = Path(parent, 'corpus')
             speak_corpus(spoken)
             with suppress(OSError):  # another process was at it too, and faster
                 spoken.rename(folder)
