@@ -243,7 +243,7 @@ def load_utterance(u: Utterance, channel: int = 0) -> tuple:
 
 @dataclass
 class Speech:
-    """Utterances as (log-mels (T, 80), target (L,), index), asked for by (epoch, index).
+    """Utterances as (log-mels (T, 80), target (L,)), asked for by (epoch, index).
 
     Augmentation depends on seed, epoch and the utterance alone; what `concat` (the chance of it)
     puts behind it, on the corpus too. frames_per_output: above 0, an utterance that CTC cannot
@@ -257,43 +257,33 @@ class Speech:
     speed_perturb: bool = False
     concat: float = 0.0
 
-    def __post_init__(self):
-        self.of_speaker = defaultdict(list)  # those of unknown speakers count as one's
-        for u in self.utterances:
-            self.of_speaker[u.speaker].append(u)
-
-    def rng(self, epoch: int, u: Utterance, purpose: int) -> Generator:
-        """The random numbers of an utterance in an epoch, others for each purpose.
-
-        Seeded by name and text: it keeps its augmentation in a subset or in another order.
-        """
-        name = crc32(f'{u.path.stem} {u.text}'.encode())
-        return default_rng([self.seed, epoch, name, purpose])
-
     def draw(self, epoch: int, u: Utterance) -> tuple:
         """What an item is in an epoch: the utterance and, by the chance `concat`, one more of its
-        speaker's; and its speed, from 90 to 110 per cent of the recording's own.
+        speaker's; its speed, from 90 to 110 per cent of the recording's own; and random numbers for
+        its masks. Seeded by name and text: it stays so in a subset or in another order.
 
         The network so hears words in more contexts and clips of more lengths than the corpus has
         (random utterance concatenation, Lin et al. 2022). Recordings are joined as they are: of two
         that are 35 dB apart, the quieter one is taken for silence.
         """
+        seeds = [self.seed, epoch, crc32(f'{u.path.stem} {u.text}'.encode())]
         parts, speed = [u], 100
         if self.speed_perturb:
-            speed = self.rng(epoch, u, 0).integers(90, 111)
-        rng = self.rng(epoch, u, 2)
+            speed = default_rng([*seeds, 0]).integers(90, 111)
+        rng = default_rng([*seeds, 2])
         if rng.random() < self.concat:
-            same_speaker = self.of_speaker[u.speaker]
+            same_speaker = [other for other in self.utterances if other.speaker == u.speaker]
             parts.append(same_speaker[rng.integers(len(same_speaker))])
-        return parts, speed
+        return (parts, speed), default_rng([*seeds, 1])
 
     def __getitem__(self, item: tuple) -> tuple:
         epoch, index = item
         u = self.utterances[index]
         with error_at(u.where):
+            drawn, rng = self.draw(epoch, u)
             # Where CTC could not align what was drawn: the utterance alone, as it was recorded.
-            for parts, speed in self.draw(epoch, u), ([u], 100):
-                waves = [resample(*load_utterance(part), SAMPLE_RATE) for part in parts]
+            for parts, speed in drawn, ([u], 100):
+                waves = [resample(*load_utterance(part)) for part in parts]
                 # At 110 %, 110 samples become 100: faster and higher.
                 mels, _ = features(resample(torch.cat(waves), speed, 100))
                 target = encode(' '.join(part.text for part in parts), self.alphabet)
@@ -302,68 +292,52 @@ class Speech:
             else:
                 raise ValueError(TOO_SHORT)
         if self.spec_augment:
-            spec_augment(mels, self.rng(epoch, u, 1))
-        return mels, torch.tensor(target), index
+            spec_augment(mels, rng)
+        return mels, torch.tensor(target)
 
 
-class Batch(NamedTuple):
-    """Utterances side by side; padding is zero."""
-    mels: Tensor            # (B, 1, T, 80)
-    lengths: Tensor         # (B,) in frames
-    targets: Tensor         # (B, L)
-    target_lengths: Tensor  # (B,)
-    indices: tuple          # of the utterances, B whole numbers
-
-
-def collate(items: Sequence) -> Batch:
-    """Items of Speech -> a Batch."""
-    mels, targets, indices = zip(*items)
-    lengths = torch.tensor([*map(len, mels)])
-    target_lengths = torch.tensor([*map(len, targets)])
+def collate(items: Sequence) -> tuple:
+    """Items of Speech -> a batch: log-mels (B, 1, T, 80), zero in the padding, their lengths (B,)
+    in frames, targets (B, L), their lengths (B,)."""
+    mels, targets = zip(*items)
+    lengths, target_lengths = [torch.tensor([*map(len, part)]) for part in (mels, targets)]
     padded = pad_sequence(mels, batch_first=True)
     # To a multiple of 16 frames: few different shapes are faster than exact ones.
     padded = F.pad(padded, (0, 0, 0, -padded.shape[1] % 16))
-    targets = pad_sequence(targets, batch_first=True)
-    return Batch(padded[:, None], lengths, targets, target_lengths, indices)
+    return padded[:, None], lengths, pad_sequence(targets, batch_first=True), target_lengths
 
 
-def training_batches(
-    speech: Speech,
-    batch_size: int,
-    epoch: int,
-    rank: int = 0,
-    ranks: int = 1,
-) -> list:
+def training_batches(speech: Speech, batch_size: int, epoch: int) -> list:
     """One epoch's batches of (epoch, index), which Speech is asked for: every utterance once, the
     batches in random order.
 
     The items of a batch have nearly equal lengths, augmentation included; a jitter of 2 % varies
-    which ones meet. Of several processes (ranks), each takes its share of every batch; one without
-    a share repeats the batch's first utterance.
+    which ones meet.
     """
     rng = default_rng([speech.seed, epoch])
     drawn = [speech.draw(epoch, u) for u in speech.utterances]
-    frames = [sum(u.frames for u in parts) / speed for parts, speed in drawn]  # in proportion
+    frames = [sum(u.frames for u in parts) / speed for (parts, speed), _ in drawn]  # in proportion
     jittered = frames * rng.uniform(0.98, 1.02, len(frames))
     items = [(epoch, index) for index in np.argsort(jittered).tolist()]
     batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
     rng.shuffle(batches)
-    return [batch[rank::ranks] or batch[:1] for batch in batches]
+    return batches
 
 
 def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
     """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
     for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
     batches = []
-    for i in sorted(range(len(utterances)), key=lambda i: utterances[i].frames):
-        if not batches or len(batches[-1]) >= min(batch_size, 64_000 // utterances[i].frames):
+    for frames, index in sorted((u.frames, index) for index, u in enumerate(utterances)):
+        if not batches or len(batches[-1]) >= min(batch_size, 64_000 // frames):
             batches.append([])
-        batches[-1].append((0, i))
+        batches[-1].append((0, index))
     return batches
 
 
 def loader(speech: Speech, batches: list, workers: int = 0) -> DataLoader:
-    """The batches as Batch, in the order given, whatever the number of worker processes."""
+    """The batches in the order given, as collate makes them, whatever the number of worker
+    processes."""
     # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with
     # workers than without.
     return DataLoader(
@@ -399,11 +373,6 @@ def encode(text: str, alphabet: list) -> list:
     """
     symbols = {character: symbol for symbol, character in enumerate(alphabet)}
     return [symbols[character] for character in text if character in symbols]
-
-
-def decode(symbols: Sequence, alphabet: list) -> str:
-    """Symbols -> text."""
-    return ''.join(alphabet[symbol] for symbol in symbols)
 
 
 def show_path(symbols: Sequence, alphabet: list) -> str:

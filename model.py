@@ -415,12 +415,10 @@ def collapse(path: Iterable) -> list:
     return [symbol for symbol, _ in itertools.groupby(path) if symbol]
 
 
-def greedy_decode(log_probs: Tensor) -> list:
-    """Collapse the path of each output's likeliest symbol (Graves et al. 2006, section 3.2).
-
-    log_probs (T', V) of one clip, without padding -> its symbols.
-    """
-    return collapse(log_probs.argmax(1).tolist())
+def greedy_decode(log_probs: Tensor, alphabet: list) -> str:
+    """The text that the path of each output's likeliest symbol collapses to (Graves et al. 2006,
+    section 3.2). log_probs (T', V) of one clip, without padding."""
+    return ''.join(alphabet[symbol] for symbol in collapse(log_probs.argmax(1).tolist()))
 
 
 MOST_STEPS = 2_000_000_000  # of an alignment: a byte each
@@ -658,7 +656,7 @@ def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0) -> Transcrip
     network, alphabet, _, language_model = checkpoint
     mels, first_frame = data.features(wave)
     (log_probs,), _ = network(mels[None, None], torch.tensor([len(mels)]))        # (T', V)
-    text = data.decode(greedy_decode(log_probs), alphabet)
+    text = greedy_decode(log_probs, alphabet)
     if beam:
         text = beam_decode(log_probs, alphabet, language_model, beam)
     return Transcript(text, mels, first_frame * data.FRAME_SECONDS, log_probs, alphabet,

@@ -249,7 +249,7 @@ def watch_network(network: nn.Module) -> monitor.Watch:
 
 def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedule: object,
                 watch: monitor.Watch, args: Namespace) -> dict:
-    """One pass over batches of data.Batch -> {figure: its value in each update}.
+    """One pass over batches, as data.collate makes them -> {figure: its value in each update}.
 
     schedule: of the optimizer; its last_epoch counts the updates of the whole run. The watch looks
     at one of 100. Raises UserError at a gradient that is not finite.
@@ -257,7 +257,7 @@ def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedu
     network.train()
     figures = defaultdict(list)
     for batch in data.progress(batches, 'update'):
-        mels, lengths, targets, target_lengths = [x.to(args.device) for x in batch[:4]]
+        mels, lengths, targets, target_lengths = [x.to(args.device) for x in batch]
         layers, output_lengths = network(mels, lengths, every_layer=True)
         # Averaged over utterances, each one's loss divided by its number of labels: nats per label.
         first, *_, loss = [F.ctc_loss(log_probs.transpose(0, 1), targets, output_lengths,
@@ -301,19 +301,20 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
     network, alphabet, _, language_model = checkpoint
     network.to(args.device).eval()
     losses, rows = [], [None] * len(utterances)
-    batches = data.loader(Speech(utterances, alphabet),
-                          data.evaluation_batches(utterances, batch_size), args.workers)
-    for batch in data.progress(batches, 'scoring'):
-        outputs = network(batch.mels.to(args.device), batch.lengths.to(args.device))
+    batches = data.evaluation_batches(utterances, batch_size)
+    loader = data.loader(Speech(utterances, alphabet), batches, args.workers)
+    for batch, items in zip(data.progress(loader, 'scoring'), batches):
+        mels, lengths, targets, target_lengths = batch
+        outputs = network(mels.to(args.device), lengths.to(args.device))
         log_probs, lengths = [x.cpu() for x in outputs]                     # (B, T', V), (B,)
-        loss = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, lengths, batch.target_lengths,
-                          reduction='none') / batch.target_lengths
+        loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths,
+                          reduction='none') / target_lengths
         losses += loss[~loss.isinf()].tolist()
-        for i, clip, length in zip(batch.indices, log_probs, lengths):
+        for (_, i), clip, length in zip(items, log_probs, lengths):
             u, clip, spelled = utterances[i], clip[:length], ''
             if beam:
                 spelled = model.beam_decode(clip, alphabet, language_model, beam)
-            heard = data.decode(model.greedy_decode(clip), alphabet)
+            heard = model.greedy_decode(clip, alphabet)
             path = data.show_path(clip.argmax(1).tolist(), alphabet)
             # A tab or a line's end in a file's name would end a cell of the table.
             rows[i] = Row(' '.join(u.path.name.split()), u.text, heard, spelled, path)
@@ -429,9 +430,12 @@ def epoch_loader(speech: Speech, epoch: int, args: Namespace) -> Sequence:
     """The batches of an epoch, from 0, by seed and epoch alone: one pass over the data; with
     --overfit as many passes as make 50 updates."""
     passes = ceil(50 / ceil(len(speech.utterances) / args.batch_size)) if args.overfit else 1
-    batches = [data.training_batches(speech, args.batch_size, done, RANK, RANKS)
+    batches = [data.training_batches(speech, args.batch_size, done)
                for done in range(epoch * passes, (epoch + 1) * passes)]
-    return data.loader(speech, sum(batches, []), args.workers)
+    # Of several processes, each takes its share of every batch; one without a share repeats the
+    # batch's first utterance.
+    shares = [batch[RANK::RANKS] or batch[:1] for batch in sum(batches, [])]
+    return data.loader(speech, shares, args.workers)
 
 
 def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) -> list:
@@ -532,7 +536,7 @@ def finish(path: object, splits: Splits, args: Namespace) -> None:
         right = [u for u, row in zip(utterances, rows) if row.said == row.heard]
         examples = right or utterances[:1]
     example = max(examples, key=lambda u: len(u.text))
-    wave = data.resample(*data.load_utterance(example), data.SAMPLE_RATE)
+    wave = data.resample(*data.load_utterance(example))
     with data.whole_file(folder / 'clip.wav') as part:
         soundfile.write(part, wave.numpy(), data.SAMPLE_RATE)
     # results.json says that the run is finished, so it comes last.
