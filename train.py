@@ -115,7 +115,7 @@ FLAGS = {  # by group: name, a type or the choices, default, help
          'built-in corpus with its own validation and test, spoken into the folder corpus/'),
         ('valid_data', str, None,
          'validation corpus, which selects best.pt; unset: a tenth of the training data, other '
-         'speakers if all are known, and ten or more; none: train on everything, keep the last'),
+         'speakers if they are known, and ten or more; none: train on everything, keep the last'),
         ('test_data', str, None,
          "corpus scored once, at the end; unset: none, or the built-in corpus's; none: no test"),
         ('skip_bad', bool, False,
@@ -335,10 +335,10 @@ def read_data(args: Namespace) -> Splits:
     paths = [args.train_data, args.valid_data, args.test_data]
     if not args.train_data and not args.evaluate:
         paths = [path or own for path, own in zip(paths, data.builtin_corpus().values())]
-    splits = data.read_splits(*paths, args.seed, args.frames_per_output,
+    splits = data.read_splits(paths, args.seed, args.frames_per_output,
                               inf if args.skip_bad else CHECK_UP_TO)
     if splits.faults:
-        faults = '\n'.join(splits.faults.values())
+        faults = '\n'.join(splits.faults)
         if not args.skip_bad:
             raise UserError(f'{faults}\n{len(splits.faults)} utterances cannot be used; --skip_bad '
                             'leaves them out')
