@@ -17,7 +17,6 @@ import csv
 import json
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -274,13 +273,13 @@ class Speech:
         if rng.random() < self.concat:
             same_speaker = [other for other in self.utterances if other.speaker == u.speaker]
             parts.append(same_speaker[rng.integers(len(same_speaker))])
-        return (parts, speed), default_rng([*seeds, 1])
+        return parts, speed, default_rng([*seeds, 1])
 
     def __getitem__(self, item: tuple) -> tuple:
         epoch, index = item
         u = self.utterances[index]
         with error_at(u.where):
-            drawn, rng = self.draw(epoch, u)
+            *drawn, rng = self.draw(epoch, u)
             # Where CTC could not align what was drawn: the utterance alone, as it was recorded.
             for parts, speed in drawn, ([u], 100):
                 waves = [resample(*load_utterance(part)) for part in parts]
@@ -316,7 +315,7 @@ def training_batches(speech: Speech, batch_size: int, epoch: int) -> list:
     """
     rng = default_rng([speech.seed, epoch])
     drawn = [speech.draw(epoch, u) for u in speech.utterances]
-    frames = [sum(u.frames for u in parts) / speed for (parts, speed), _ in drawn]  # in proportion
+    frames = [sum(u.frames for u in parts) / speed for parts, speed, _ in drawn]  # in proportion
     jittered = frames * rng.uniform(0.98, 1.02, len(frames))
     items = [(epoch, index) for index in np.argsort(jittered).tolist()]
     batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
@@ -468,11 +467,10 @@ FORMS = {
 def find_audio(name: str, folder: Path) -> Path:
     """The file of a name in a folder or in its clips/, as Common Voice has it, with its suffix or
     without. Raises ValueError."""
-    name = name.replace('\\', '/')  # of Windows
     for form in 'NFC', 'NFD':  # letters with their accents, and apart from them as on a Mac
         for place in folder, folder / 'clips':
             for suffix in '', '.flac', '.wav', '.sph', '.mp3':
-                audio = place / (normalize(form, name) + suffix)
+                audio = place / normalize(form, name.replace('\\', '/') + suffix)  # of Windows
                 if audio.is_file():
                     return audio
     raise ValueError(f'{folder / name} is not a file, nor is one of that name in clips/')
@@ -656,7 +654,6 @@ def describe_corpus(
     sentences = {u.text for u in train}
     counts = Counter(''.join(u.text for u in train))
     marks = [c for c in counts if c not in "-'" and category(c)[0] in 'PSN']
-    outputs = sum(u.frames for u in train) / frames_per_output
     print(f'training    {len(train)} utterances, {hours:.2f} hours, {len(speakers)} speakers (all '
           'that are unknown count as one)\n'
           f'validation  {len(valid)} utterances, {sum(u.speaker in speakers for u in valid)} of '
@@ -666,8 +663,8 @@ def describe_corpus(
           f'characters  {dict(counts.most_common())}\n'
           f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
-          f'outputs     {outputs / counts.total():.1f} a label (under 2: fast speech, try a '
-          'lower --frames_per_output)',
+          f'outputs     {sum(u.frames for u in train) / frames_per_output / counts.total():.1f} a '
+          'label (under 2: fast speech, try a lower --frames_per_output)',
           *monitor.unrelated_lengths([(u.duration, len(u.text)) for u in train]), sep='\n')
     known = [f'{u.text} {u.duration}' for u in train + valid + test]
     return {
@@ -877,15 +874,15 @@ def speak_corpus(folder: Path) -> None:
     for split, (first_speaker, speakers, utterances) in BUILTIN.items():
         rng = default_rng(first_speaker)
         os.makedirs(folder / split)
-        rows = []
-        for i in progress(range(utterances), 'speaking the built-in corpus, once:'):
-            path = f'{split}/{i:04}.flac'
-            text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
-            speaker = first_speaker + i % speakers
-            wave, _ = synthesise(text, speaker)
-            soundfile.write(folder / path, wave, SAMPLE_RATE)
-            rows.append(json.dumps({'path': path, 'text': text, 'speaker': speaker}))
-        (folder / f'{split}.jsonl').write_text('\n'.join(rows))
+        with open(folder / f'{split}.jsonl', 'w') as manifest:
+            for i in progress(range(utterances), 'speaking the built-in corpus, once:'):
+                path = f'{split}/{i:04}.flac'
+                text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
+                speaker = first_speaker + i % speakers
+                wave, _ = synthesise(text, speaker)
+                soundfile.write(folder / path, wave, SAMPLE_RATE)
+                row = {'path': path, 'text': text, 'speaker': speaker}
+                print(json.dumps(row), file=manifest)
 
 
 def builtin_corpus(folder: str = 'corpus') -> dict:
@@ -921,9 +918,8 @@ def progress(items: Sequence, what: str) -> Iterator:
     """Pass the items on, and show on a terminal how many of them are done."""
     for done, item in enumerate(items, 1):
         yield item
-        if sys.stderr.isatty():
-            sys.stderr.write(f'\r{what} {done}/{len(items)}\x1b[K')
-    monitor.clear_status()
+        monitor.show_status(f'{what} {done}/{len(items)}')
+    monitor.show_status('')
 
 
 def inspect_corpus(path: str) -> None:
@@ -941,7 +937,7 @@ def main(argv: Sequence = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
     parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder); '
                                      'with --say, the audio file to write')
-    parser.add_argument('--say', metavar='TEXT', help='speak numbers and the like into the file')
+    parser.add_argument('--say', help='a text, of numbers and the like, to speak into the file')
     args = parser.parse_args(argv)
     with monitor.one_line_ends('data.py'):
         if not args.say:

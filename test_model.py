@@ -1043,7 +1043,7 @@ def test_concat_puts_an_utterance_of_the_speaker_behind():
     utterances = make_utterances('abc' * 7)
     speech = data.Speech(utterances, ['', *'abc'], concat=1)
     for u in utterances:
-        ((first, second), _), _ = speech.draw(0, u)
+        (first, second), *_ = speech.draw(0, u)
         assert first is u
         assert second.speaker == u.speaker
 
