@@ -323,17 +323,6 @@ def training_batches(speech: Speech, batch_size: int, epoch: int) -> list:
     return batches
 
 
-def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
-    """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
-    for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
-    batches = []
-    for frames, index in sorted((u.frames, index) for index, u in enumerate(utterances)):
-        if not batches or len(batches[-1]) >= min(batch_size, 64_000 // frames):
-            batches.append([])
-        batches[-1].append((0, index))
-    return batches
-
-
 def loader(speech: Speech, batches: list, workers: int = 0) -> DataLoader:
     """The batches in the order given, as collate makes them, whatever the number of worker
     processes."""
@@ -372,11 +361,6 @@ def encode(text: str, alphabet: list) -> list:
     """
     symbols = {character: symbol for symbol, character in enumerate(alphabet)}
     return [symbols[character] for character in text if character in symbols]
-
-
-def show_path(symbols: Sequence, alphabet: list) -> str:
-    """The symbols of outputs for the eye: the space as _, the blank as -."""
-    return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in symbols)
 
 
 TOO_SHORT = 'too short for its text; correct or remove it, or lower --frames_per_output'
@@ -631,11 +615,7 @@ def print_problems(utterances: Sequence) -> None:
         print(f'{len(names)} files {problem}:', *names)
 
 
-def describe_corpus(
-    splits: Splits,
-    frames_per_output: int,
-    known: Sequence = ('',),
-) -> dict:
+def describe_corpus(splits: Splits, frames_per_output: int, known: Sequence) -> dict:
     """Print what a corpus holds for training (at least one utterance) and validation -> what is to
     be remembered of it: alphabet (the known characters first), utterances, hours, narrow (whether
     some are narrow-band), plateaus (losses in nats per label of uniform and of constant output),
@@ -800,7 +780,7 @@ def make_source(pitch: float, steps: int, rng: Generator) -> Tensor:
     contour = pitch * np.linspace(1.1, 0.85, knots) * rng.normal(1, 0.07, knots)
     hertz = np.interp(np.linspace(0, 1, samples), np.linspace(0, 1, knots), contour)
     half_phase = np.pi * np.cumsum(hertz) / SAMPLE_RATE
-    harmonics = int(8000 / hertz.max())
+    harmonics = 8000 // hertz.max()
     # The sum of the cosines of all harmonics, in closed form.
     cosines = np.sin((2 * harmonics + 1) * half_phase) / np.sin(half_phase) - 1
     waves = np.array([cosines / np.sqrt(2 * harmonics), rng.standard_normal(samples)], 'float32')
@@ -859,8 +839,8 @@ def synthesise(text: str, speaker: int = 0) -> tuple:
     distance = (HERTZ.clamp(50) / 1000 / centres).log2() / octaves
     bell = unit_power((distance ** 2 / -2).exp())                        # of every segment
     bell = bell.repeat_interleave(torch.tensor(steps), 1)
-    colour = 1 / (1 + HERTZ / 10 ** rng.uniform(2, 3.7))
-    room = unit_power(colour) * 10 ** (rng.uniform(10, 35) / -20)
+    room = (unit_power(1 / (1 + HERTZ / 10 ** rng.uniform(2, 3.7)))
+            * 10 ** (rng.uniform(10, 35) / -20))
     breathed = 0.3 * hissed + voiced * 10 ** (breath / 20)
     voice = unit_power(tube / (1 + HERTZ / corner)) * voiced * pulses
     rest = noise * (unit_power(tube) * breathed + room + bell * hissed)
@@ -927,7 +907,7 @@ def inspect_corpus(path: str) -> None:
     would."""
     splits = read_splits((path, None, None), 0, FRAMES_PER_OUTPUT)
     if splits.train:
-        describe_corpus(splits, FRAMES_PER_OUTPUT)
+        describe_corpus(splits, FRAMES_PER_OUTPUT, [''])
     print_problems(splits.train + splits.valid)
     if splits.faults:
         raise UserError('\n'.join(splits.faults))

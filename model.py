@@ -415,6 +415,11 @@ def collapse(path: Iterable) -> list:
     return [symbol for symbol, _ in itertools.groupby(path) if symbol]
 
 
+def show_path(symbols: Iterable, alphabet: list) -> str:
+    """The symbols of outputs for the eye: the space as _, the blank as -."""
+    return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in symbols)
+
+
 def greedy_decode(log_probs: Tensor, alphabet: list) -> str:
     """The text that the path of each output's likeliest symbol collapses to (Graves et al. 2006,
     section 3.2). log_probs (T', V) of one clip, without padding."""
@@ -694,7 +699,7 @@ def plot_clip(heard: Transcript, path: str) -> None:
         above.axvspan(word.start, word.end, 0.97, facecolor='white', edgecolor='black')
     below.fill_between(times, probabilities[:, 0], color='0.85')
     below.plot(times, probabilities[:, 1:])
-    symbols = data.show_path(probabilities.argmax(1), heard.alphabet)
+    symbols = show_path(probabilities.argmax(1), heard.alphabet)
     for time, character, before in zip(times, symbols, ' ' + symbols):
         if character != before:
             below.text(time, 1.07, character, ha='center')

@@ -1000,7 +1000,7 @@ def test_processes_share_every_batch(ranks, monkeypatch):
 
 def test_long_utterances_are_scored_in_small_batches():
     utterances = make_utterances('aaa', 300) + make_utterances('a' * 20)
-    batches = data.evaluation_batches(utterances, 16)
+    batches = train.evaluation_batches(utterances, 16)
     assert [len(batch) for batch in batches] == [16, 4, 2, 1]
 
 

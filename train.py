@@ -286,6 +286,17 @@ def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedu
     return figures
 
 
+def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
+    """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
+    for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
+    batches = []
+    for frames, index in sorted((u.frames, index) for index, u in enumerate(utterances)):
+        if not batches or len(batches[-1]) >= min(batch_size, 64_000 // frames):
+            batches.append([])
+        batches[-1].append((0, index))
+    return batches
+
+
 # An utterance that was scored: its file, what was said, what was heard greedily and by beam search,
 # and the best symbol of every output.
 Row = namedtuple('Row', 'file said heard beam path')
@@ -301,7 +312,7 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
     network, alphabet, _, language_model = checkpoint
     network.to(args.device).eval()
     losses, rows = [], [None] * len(utterances)
-    batches = data.evaluation_batches(utterances, batch_size)
+    batches = evaluation_batches(utterances, batch_size)
     loader = data.loader(Speech(utterances, alphabet), batches, args.workers)
     for batch, items in zip(data.progress(loader, 'scoring'), batches):
         mels, lengths, targets, target_lengths = batch
@@ -315,7 +326,7 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
             if beam:
                 spelled = model.beam_decode(clip, alphabet, language_model, beam)
             heard = model.greedy_decode(clip, alphabet)
-            path = data.show_path(clip.argmax(1).tolist(), alphabet)
+            path = model.show_path(clip.argmax(1).tolist(), alphabet)
             # A tab or a line's end in a file's name would end a cell of the table.
             rows[i] = Row(' '.join(u.path.name.split()), u.text, heard, spelled, path)
     return mean(losses or [inf]), rows
