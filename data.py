@@ -17,14 +17,13 @@ import csv
 import json
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
-from math import ceil
+from math import ceil, log, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -58,7 +57,7 @@ FRAMES_PER_OUTPUT = 4                # the default: 25 outputs a second
 
 # ---- from a recording to features ----------------------------------------------------------------
 
-def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
+def resample(wave: Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> Tensor:
     """Band-limited resampling of wave (S,) -> (ceil(S * new_rate / rate),).
 
     Its spectrum is cut, or continued with zeros, at the lower of the two Nyquist frequencies. Rates
@@ -74,9 +73,9 @@ def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
     return resampled[:ceil(len(wave) * up / down)] * (up / down)
 
 
-def read_audio(path: str | Path, channel: int = 0) -> tuple:
+def read_audio(path: str | Path, channel: int) -> tuple:
     """Any file that libsndfile reads -> wave (S,) float32, and its rate in Hz: of one channel,
-    counted from 1, or the channels' mean.
+    counted from 1, or of 0 the channels' mean.
 
     Raises UserError, also where a wav, aiff or au is shorter than its header says (sizes
     near 2^31 and 2^32 are those of programs that stream, and do not know).
@@ -101,7 +100,7 @@ def read_audio(path: str | Path, channel: int = 0) -> tuple:
 
 def read_wave(path: str | Path, channel: int = 0) -> Tensor:
     """read_audio at 16 kHz -> wave (S,). Raises UserError."""
-    return resample(*read_audio(path, channel), SAMPLE_RATE)
+    return resample(*read_audio(path, channel))
 
 
 def is_narrow(wave: Tensor) -> bool:
@@ -116,9 +115,9 @@ def mel_filters() -> Tensor:
     From 0 to 8 kHz; a mel is 200/3 Hz up to 1 kHz and logarithmic above. No area norm: normalising
     over the clip would cancel it.
     """
-    log_step = np.log(6.4) / 27  # above 1 kHz, 27 mels lead from 1 to 6.4 kHz
-    mels = np.linspace(0, 15 + np.log(8) / log_step, N_MELS + 2)
-    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(log_step * (mels - 15)))
+    # 15 mels lead from 0 to 1 kHz, 27 more from 1 to 6.4 kHz.
+    mels = np.linspace(0, 15 + 27 * log(8, 6.4), N_MELS + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
     # A triangle is 1 at its own peak and 0 at all others.
     triangles = [np.interp(HERTZ, edges, peaks) for peaks in np.eye(N_MELS + 2)[1:-1]]
     return torch.tensor(np.hstack(triangles)).float()
@@ -180,7 +179,7 @@ def features(wave: Tensor) -> tuple:
     # Speech is what comes within 35 dB, 8 nats of power, of the voice's level. Its first and last
     # frame, half of whose window may lie in silence, do not count for what follows.
     power = moving_median(mels.logsumexp(1))
-    spoken = (power >= voice_level(power) - 8).nonzero()[:, 0].tolist()  # the frames' numbers
+    spoken = np.flatnonzero(power >= voice_level(power) - 8).tolist()    # the frames' numbers
     start = max(0, spoken[0] - MARGIN)
     end = spoken[-1] + 1 + MARGIN
     inner = spoken[1:-1] or spoken
@@ -202,9 +201,8 @@ def spec_augment(mels: Tensor, rng: Generator) -> None:
     After Park et al. 2019 and, for masks that grow with the clip, 2020: two masks of up to 15 mel
     bands, and for each second one of up to 250 ms, a quarter of the clip at most.
     """
-    bands = [(1, 15)] * 2
     stretches = [(0, min(25, len(mels) // 4))] * ceil(len(mels) / 100)
-    for axis, widest in bands + stretches:
+    for axis, widest in [(1, 15)] * 2 + stretches:
         width = rng.integers(widest + 1)
         start = rng.integers(mels.shape[axis] - width + 1)
         mels.narrow(axis, start, width).zero_()
@@ -237,14 +235,14 @@ def load_utterance(u: Utterance, channel: int = 0) -> tuple:
     if u.offset is not None:
         wave = wave[round(u.offset * rate):][:round(u.duration * rate)]
     seconds = len(wave) / rate
-    if abs(seconds - u.duration) > max(0.1, 0.1 * u.duration):
+    if abs(seconds - u.duration) > 0.1 * max(1, u.duration):
         raise ValueError(f'it lasts {seconds:.2f} s, and not {u.duration:.2f}: {u.path}')
     return wave, rate
 
 
 @dataclass
 class Speech:
-    """Utterances as (log-mels (T, 80), target (L,), index), asked for by (epoch, index).
+    """Utterances as (log-mels (T, 80), target (L,)), asked for by (epoch, index).
 
     Augmentation depends on seed, epoch and the utterance alone; what `concat` (the chance of it)
     puts behind it, on the corpus too. frames_per_output: above 0, an utterance that CTC cannot
@@ -258,43 +256,33 @@ class Speech:
     speed_perturb: bool = False
     concat: float = 0.0
 
-    def __post_init__(self):
-        self.of_speaker = defaultdict(list)  # those of unknown speakers count as one's
-        for u in self.utterances:
-            self.of_speaker[u.speaker].append(u)
-
-    def rng(self, epoch: int, u: Utterance, purpose: int) -> Generator:
-        """The random numbers of an utterance in an epoch, others for each purpose.
-
-        Seeded by name and text: it keeps its augmentation in a subset or in another order.
-        """
-        name = crc32(f'{u.path.stem} {u.text}'.encode())
-        return default_rng([self.seed, epoch, name, purpose])
-
     def draw(self, epoch: int, u: Utterance) -> tuple:
         """What an item is in an epoch: the utterance and, by the chance `concat`, one more of its
-        speaker's; and its speed, from 90 to 110 per cent of the recording's own.
+        speaker's; its speed, from 90 to 110 per cent of the recording's own; and random numbers for
+        its masks. Seeded by name and text: it stays so in a subset or in another order.
 
         The network so hears words in more contexts and clips of more lengths than the corpus has
         (random utterance concatenation, Lin et al. 2022). Recordings are joined as they are: of two
         that are 35 dB apart, the quieter one is taken for silence.
         """
+        seeds = [self.seed, epoch, crc32(f'{u.path.stem} {u.text}'.encode())]
         parts, speed = [u], 100
         if self.speed_perturb:
-            speed = self.rng(epoch, u, 0).integers(90, 111)
-        rng = self.rng(epoch, u, 2)
+            speed = default_rng([*seeds, 0]).integers(90, 111)
+        rng = default_rng([*seeds, 2])
         if rng.random() < self.concat:
-            same_speaker = self.of_speaker[u.speaker]
+            same_speaker = [other for other in self.utterances if other.speaker == u.speaker]
             parts.append(same_speaker[rng.integers(len(same_speaker))])
-        return parts, speed
+        return parts, speed, default_rng([*seeds, 1])
 
     def __getitem__(self, item: tuple) -> tuple:
         epoch, index = item
         u = self.utterances[index]
         with error_at(u.where):
+            *drawn, rng = self.draw(epoch, u)
             # Where CTC could not align what was drawn: the utterance alone, as it was recorded.
-            for parts, speed in self.draw(epoch, u), ([u], 100):
-                waves = [resample(*load_utterance(part), SAMPLE_RATE) for part in parts]
+            for parts, speed in drawn, ([u], 100):
+                waves = [resample(*load_utterance(part)) for part in parts]
                 # At 110 %, 110 samples become 100: faster and higher.
                 mels, _ = features(resample(torch.cat(waves), speed, 100))
                 target = encode(' '.join(part.text for part in parts), self.alphabet)
@@ -303,68 +291,41 @@ class Speech:
             else:
                 raise ValueError(TOO_SHORT)
         if self.spec_augment:
-            spec_augment(mels, self.rng(epoch, u, 1))
-        return mels, torch.tensor(target), index
+            spec_augment(mels, rng)
+        return mels, torch.tensor(target)
 
 
-class Batch(NamedTuple):
-    """Utterances side by side; padding is zero."""
-    mels: Tensor            # (B, 1, T, 80)
-    lengths: Tensor         # (B,) in frames
-    targets: Tensor         # (B, L)
-    target_lengths: Tensor  # (B,)
-    indices: tuple          # of the utterances, B whole numbers
-
-
-def collate(items: Sequence) -> Batch:
-    """Items of Speech -> a Batch."""
-    mels, targets, indices = zip(*items)
-    lengths = torch.tensor([*map(len, mels)])
-    target_lengths = torch.tensor([*map(len, targets)])
+def collate(items: Sequence) -> tuple:
+    """Items of Speech -> a batch: log-mels (B, 1, T, 80), zero in the padding, their lengths (B,)
+    in frames, targets (B, L), their lengths (B,)."""
+    mels, targets = zip(*items)
+    lengths, target_lengths = [torch.tensor([*map(len, part)]) for part in (mels, targets)]
     padded = pad_sequence(mels, batch_first=True)
     # To a multiple of 16 frames: few different shapes are faster than exact ones.
     padded = F.pad(padded, (0, 0, 0, -padded.shape[1] % 16))
-    targets = pad_sequence(targets, batch_first=True)
-    return Batch(padded[:, None], lengths, targets, target_lengths, indices)
+    return padded[:, None], lengths, pad_sequence(targets, batch_first=True), target_lengths
 
 
-def training_batches(
-    speech: Speech,
-    batch_size: int,
-    epoch: int,
-    rank: int = 0,
-    ranks: int = 1,
-) -> list:
+def training_batches(speech: Speech, batch_size: int, epoch: int) -> list:
     """One epoch's batches of (epoch, index), which Speech is asked for: every utterance once, the
     batches in random order.
 
     The items of a batch have nearly equal lengths, augmentation included; a jitter of 2 % varies
-    which ones meet. Of several processes (ranks), each takes its share of every batch; one without
-    a share repeats the batch's first utterance.
+    which ones meet.
     """
     rng = default_rng([speech.seed, epoch])
     drawn = [speech.draw(epoch, u) for u in speech.utterances]
-    frames = [sum(u.frames for u in parts) / speed for parts, speed in drawn]  # in proportion
+    frames = [sum(u.frames for u in parts) / speed for parts, speed, _ in drawn]  # in proportion
     jittered = frames * rng.uniform(0.98, 1.02, len(frames))
     items = [(epoch, index) for index in np.argsort(jittered).tolist()]
     batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
     rng.shuffle(batches)
-    return [batch[rank::ranks] or batch[:1] for batch in batches]
-
-
-def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
-    """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
-    for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
-    batches = []
-    for i in sorted(range(len(utterances)), key=lambda i: utterances[i].frames):
-        if not batches or len(batches[-1]) >= min(batch_size, 64_000 // utterances[i].frames):
-            batches.append([])
-        batches[-1].append((0, i))
     return batches
 
 
 def loader(speech: Speech, batches: list, workers: int = 0) -> DataLoader:
-    """The batches as Batch, in the order given, whatever the number of worker processes."""
+    """The batches in the order given, as collate makes them, whatever the number of worker
+    processes."""
     # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with
     # workers than without.
     return DataLoader(
@@ -400,16 +361,6 @@ def encode(text: str, alphabet: list) -> list:
     """
     symbols = {character: symbol for symbol, character in enumerate(alphabet)}
     return [symbols[character] for character in text if character in symbols]
-
-
-def decode(symbols: Sequence, alphabet: list) -> str:
-    """Symbols -> text."""
-    return ''.join(alphabet[symbol] for symbol in symbols)
-
-
-def show_path(symbols: Sequence, alphabet: list) -> str:
-    """The symbols of outputs for the eye: the space as _, the blank as -."""
-    return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in symbols)
 
 
 TOO_SHORT = 'too short for its text; correct or remove it, or lower --frames_per_output'
@@ -456,26 +407,22 @@ def numbered_lines(path: Path) -> Iterator:
 def table_rows(path: Path) -> Iterator:
     """A CSV or TSV table with a header, and a row a line. A TSV, as Common Voice has it, does not
     quote."""
-    form = {'strict': True}
-    if path.suffix == '.tsv':
-        form = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
+    form = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if path.suffix == '.tsv' else {}
     lines = numbered_lines(path)
     _, header = next(lines, ('', ''))
     for where, line in lines:
-        yield where, csv.DictReader([header, line], **form)
+        yield where, next(csv.DictReader([header, line], **form))
 
 
 def librispeech_rows(path: Path) -> Iterator:
     """A LibriSpeech speaker/chapter/*.trans.txt: "84-121123-0001 GO DO YOU HEAR", of speaker 84."""
     for where, line in numbered_lines(path):
-        name, _, text = line.partition(' ')
-        speaker, *_ = name.split('-')
-        yield where, {'audio': name, 'text': text, 'speaker': speaker}
+        yield where, re.match(r'(?P<audio>(?P<speaker>[^- ]*)\S*)(?P<text>.*)', line).groupdict()
 
 
 def sphinx_rows(path: Path) -> Iterator:
     """CMU Sphinx's etc/*.transcription, "<s> GO </s> (an251-fash-b)", and its .fileids, line by
-    line, "fash/an251-fash-b".
+    line, "fash/an251-fash-b", which tells the folder.
 
     Fillers (<sil>, ++NOISE++, [COUGH]) and the numbers of alternates, HELLO(2), are dropped.
     """
@@ -483,10 +430,9 @@ def sphinx_rows(path: Path) -> Iterator:
     for (where, line), (_, file) in zip(numbered_lines(path), files, strict=True):
         text, _, name = line.removesuffix(')').rpartition('(')
         text = re.sub(r'<\S*>|\+\+\S*\+\+|\[\S*\]|\(\d+\)', ' ', text)
-        audio = f'../wav/{file}'
-        if not name or not file.endswith(name):
-            audio = f'({name}), where .fileids has {file},'  # "... is not a file"
-        yield where, {'audio': audio, 'text': text, 'speaker': Path(file).parent.name}
+        folder = Path(file).parent
+        audio = f'../wav/{folder}/{Path(name).name}'
+        yield where, {'audio': audio, 'text': text, 'speaker': folder.name}
 
 
 # Of corpora, by how the files of their transcripts end: the reader.
@@ -505,11 +451,10 @@ FORMS = {
 def find_audio(name: str, folder: Path) -> Path:
     """The file of a name in a folder or in its clips/, as Common Voice has it, with its suffix or
     without. Raises ValueError."""
-    name = name.replace('\\', '/')  # of Windows
     for form in 'NFC', 'NFD':  # letters with their accents, and apart from them as on a Mac
         for place in folder, folder / 'clips':
-            for suffix in '', '.flac', '.wav', '.WAV', '.sph', '.mp3', '.ogg', '.opus':
-                audio = place / (normalize(form, name) + suffix)
+            for suffix in '', '.flac', '.wav', '.sph', '.mp3':
+                audio = place / normalize(form, name.replace('\\', '/') + suffix)  # of Windows
                 if audio.is_file():
                     return audio
     raise ValueError(f'{folder / name} is not a file, nor is one of that name in clips/')
@@ -520,12 +465,9 @@ def make_utterance(row: object, where: str) -> Utterance:
     is wrong."""
     if isinstance(row, str):
         row = json.loads(row)
-    elif isinstance(row, csv.DictReader):
-        row, = row
     if None in row:
         raise ValueError('it has more columns than the header')
-    row = {name: value for name, value in row.items() if value not in (None, '')}
-    row |= {own: row[name] for name, own in NAMES.items() if name in row}
+    row = {NAMES.get(name, name): value for name, value in row.items() if value not in (None, '')}
     text = normalise_text(row.get('text', ''))
     text.encode()  # which fails where it is not UTF-8
     if not text or 'audio' not in row:
@@ -533,48 +475,44 @@ def make_utterance(row: object, where: str) -> Utterance:
     path = find_audio(row['audio'], Path(where).parent)
     start = float(row.get('offset', 0))
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
-    if not 0 <= start < start + duration - 0.001 < HOUR:
-        raise ValueError(f'duration {duration} s, offset {start} s: not within an hour')
     offset = start if 'offset' in row else None
     return Utterance(path, text, duration, str(row.get('speaker', '')), where, offset)
 
 
 @contextmanager
-def listing(faults: dict, where: str) -> Iterator:
-    """List what is wrong at a place, {where: message}, and go on."""
+def listing(faults: list, where: str) -> Iterator:
+    """Add what is wrong at a place to the faults, and go on."""
     try:
         with error_at(where):
             yield
     except UserError as error:
-        faults.setdefault(where, str(error))
+        faults.append(str(error))
 
 
 def read_corpus(path: str | Path, split: str = 'train') -> tuple:
-    """A corpus -> its Utterances sorted by file name, and what is wrong with others {where:
-    message}.
+    """A corpus -> its Utterances sorted by file name, and what is wrong with others, a line each.
 
     The form is recognised by the path (FORMS; split chooses among several files of a folder).
     Raises UserError where no row can be used, with one fault for all: it is mostly the
     same in each, as where a table's header is wrong or the recordings lie elsewhere.
     """
-    utterances, faults = [], {}
+    utterances, faults = [], []
     with error_at(path):
-        os.stat(path)
         folder = Path(path)
         files = sorted([
             *folder.rglob('[!.]*.trans.txt'),
             *folder.glob(f'etc/*{split}*.transcription'),
         ]) or [folder]
         if files[0].suffix not in FORMS:
-            raise ValueError('it should end in .jsonl, .json, .csv or .tsv, or be a folder with '
-                             '*.trans.txt or etc/*.transcription')
+            raise ValueError('it should be a file that ends in .jsonl, .json, .csv or .tsv, or a '
+                             'folder with *.trans.txt or etc/*.transcription')
         for file in files:
             for where, row in FORMS[file.suffix](file):
                 with listing(faults, where):
                     utterances.append(make_utterance(row, where))
         if not utterances:
-            fault = next(iter(faults.values()), 'it is empty')
-            raise UserError(f'none of {len(faults)} rows is right; {fault}')
+            first, *_ = *faults, 'it is empty'
+            raise UserError(f'none of {len(faults)} rows is right; {first}')
     return sorted(utterances, key=lambda u: u.path.stem), faults
 
 
@@ -583,145 +521,131 @@ class Splits(NamedTuple):
     train: list
     valid: list
     test: list
-    faults: dict     # {where: message} of utterances that cannot be used
-    problems: dict   # {what is wrong: names of files} of usable recordings
+    faults: list  # a line for each utterance that cannot be used
 
 
 def hold_out(train: list, seed: int) -> tuple:
-    """Training without a tenth, and that tenth for validation: whole speakers where all are known,
-    and ten or more, but none who has more than a tenth of the utterances; else utterances, at
-    random. Recordings of the same sound stay together. Prints how many, and which of the two."""
-    choice = 'whole speakers'
-    groups = [u.speaker for u in train]
+    """Training without a tenth, and that tenth for validation: whole speakers (where one is not
+    known, recordings), but none who has more than a tenth of the utterances; where fewer than nine
+    are left so, utterances at random. Recordings of the same sound stay together."""
+    groups = [u.speaker or str(u.path) for u in train]
     sizes = Counter(groups)
-    small = [speaker for speaker in sizes if sizes[speaker] <= len(train) / 10]
-    if len(small) < 9 or '' in groups:
-        choice = 'at random: not all speakers are known, or under ten have their share'
-        groups = [str(u.path) for u in train]  # parts of one recording stay together
-        if len(set(groups)) == 1:
-            groups = [u.where for u in train]
+    small = [group for group in sizes if sizes[group] <= len(train) / 10]
+    if len(small) < 9:
+        groups = [f'{u.path} {u.offset}' for u in train]
         small = sizes = set(groups)
     held_out = set(default_rng(seed).permutation(sorted(small))[:ceil(len(sizes) / 10)])
     sounds = {u.sound for u, group in zip(train, groups) if group in held_out}
     parts = [], []
     for u in train:
         parts[u.sound in sounds].append(u)
-    print(f'held out for validation: {len(parts[1])} utterances, {choice}')
     return parts
 
 
 def read_splits(
-    train: str,
-    valid: str,
-    test: str,
+    paths: Sequence,
     seed: int,
     frames_per_output: int,
-    check_up_to: float = 1e9,
+    decode_up_to: float = 1e9,
 ) -> Splits:
     """The corpora for training, validation (None: held out from training; 'none') and test.
 
-    If there are at most check_up_to utterances, every file is decoded, and its true duration taken.
-    Raises UserError where a corpus cannot be read at all.
+    Of a corpus of at most decode_up_to utterances, every file is decoded. Raises UserError where a
+    corpus cannot be read at all.
     """
-    sides, faults, problems = ([], [], []), {}, defaultdict(list)
-    for side, name, path in zip(sides, Splits._fields, (train, valid, test)):
-        if path not in (None, 'none'):
-            utterances, wrong = read_corpus(path, name)
-            side += utterances
-            faults |= wrong
-    utterances, twins = sum(sides, []), {}
-    if len(utterances) <= check_up_to:
+    splits = Splits([], [], [], [])
+    for name, path, usable in zip(Splits._fields, paths, splits):
+        if path in (None, 'none'):
+            continue
+        utterances, faults = read_corpus(path, name)
         for u in progress(utterances, 'checking recordings'):
             with listing(faults, u.where):
-                for problem, found in check_recording(u, twins).items():
-                    if found:
-                        problems[problem].append(u.path.name)
-    for u in sides[0]:
-        with listing(faults, u.where):
-            # The silence that features() puts round a clip does not count.
-            frames = min(u.frames, u.duration / FRAME_SECONDS)
-            if not can_align(u.text, frames, frames_per_output):
-                raise ValueError(TOO_SHORT)
-            if u.duration > 40:
-                raise ValueError('training takes up to 40 s; cut or remove it')
-    usable = [[u for u in side if u.where not in faults] for side in sides]
-    if valid is None and len(usable[0]) > 1:
-        usable[:2] = hold_out(usable[0], seed)
-    return Splits(*usable, faults, problems)
+                if len(utterances) <= decode_up_to:
+                    measure(u)
+                if name == 'train':
+                    # The silence that features() puts round a clip does not count.
+                    frames = min(u.frames, u.duration / FRAME_SECONDS)
+                    if not can_align(u.text, frames, frames_per_output):
+                        raise ValueError(TOO_SHORT)
+                    if u.duration > 40:
+                        raise ValueError('training takes up to 40 s; cut or remove it')
+                usable.append(u)
+        splits.faults.extend(faults)
+    if paths[1] is None and len(splits.train) > 1:
+        splits.train[:], splits.valid[:] = hold_out(splits.train, seed)
+    return splits
 
 
 # ---- inspection ----------------------------------------------------------------------------------
 
-def check_recording(u: Utterance, twins: dict) -> dict:
-    """Decode a recording, note its true duration, frames, sound and whether it is narrow-band ->
-    {what may be wrong with it: whether it is}.
-
-    twins: the first utterance of each sound. Raises what load_utterance raises. Training and
-    transcription tolerate silence and clicks, which are still worth checking.
-    """
+def measure(u: Utterance) -> None:
+    """Decode a recording, and note its true duration, frames, sound and whether it is narrow-band.
+    Raises what load_utterance raises."""
     wave, rate = load_utterance(u)
-    first = wave
-    if soundfile.info(u.path).channels > 1:
-        first, _ = load_utterance(u, 1)  # its first channel
-    at_16_khz = resample(wave, rate, SAMPLE_RATE)
+    at_16_khz = resample(wave, rate)
     u.duration = len(wave) / rate
     u.frames = len(features(at_16_khz)[0])
     u.narrow = is_narrow(at_16_khz)
     u.sound = sha256(wave.numpy()).hexdigest()
-    twin = twins.setdefault(u.sound, u)
-    size = wave.abs()
-    at_peak = F.pad(size > 0.9999 * size.max(), (1, 1))
-    mels = log_mels(F.pad(at_16_khz, (WINDOW, WINDOW)))
-    return {
-        'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
-        'clipped, the peaks are flat':  # five times, three samples in a row
-            at_peak.unfold(0, 3, 1).all(1).sum() >= 5,
-        'digital silence for more than a fifth of it': (wave == 0).float().mean() > 0.2,
-        'a click or a bang far louder than the voice': not mels.equal(repair_clicks(mels)),
-        'narrow-band, as from a telephone: nothing above 4 kHz': u.narrow,
-        'of two channels that differ, of which the mean is taken':  # as of a person on each
-            (first - wave).norm() > 0.3 * wave.norm(),
-        'of the same sound as another': twin is not u,
-        'of the same sound as another, and another text': twin.text != u.text,
-    }
 
 
-def describe_corpus(
-    splits: Splits,
-    frames_per_output: int,
-    known: Sequence = ('',),
-) -> dict:
+def print_problems(utterances: Sequence) -> None:
+    """Print what may be wrong with recordings that can be used, with the names of their files."""
+    problems, twins = defaultdict(list), {}
+    for u in progress(utterances, 'looking for problems'):
+        wave, _ = load_utterance(u)
+        first, _ = load_utterance(u, 1)  # its first channel
+        twin = twins.setdefault(u.sound, u)
+        size = wave.abs()
+        at_peak = F.pad(size > 0.9999 * size.max(), (1, 1))
+        checks = {
+            'near-silent, nowhere above -50 dB of full scale': size.max() < 0.003,
+            'clipped, the peaks are flat':  # five times, three samples in a row
+                at_peak.unfold(0, 3, 1).all(1).sum() >= 5,
+            'narrow-band, as from a telephone: nothing above 4 kHz': u.narrow,
+            'of two channels that differ, of which the mean is taken':  # as of a person on each
+                (first - wave).norm() > 0.3 * wave.norm(),
+            'of the same sound as another': twin is not u,
+            'of the same sound as another, and another text': twin.text != u.text,
+        }
+        for problem, found in checks.items():
+            if found:
+                problems[problem].append(u.path.name)
+    for problem, names in problems.items():
+        print(f'{len(names)} files {problem}:', *names)
+
+
+def describe_corpus(splits: Splits, frames_per_output: int, known: Sequence) -> dict:
     """Print what a corpus holds for training (at least one utterance) and validation -> what is to
     be remembered of it: alphabet (the known characters first), utterances, hours, narrow (whether
     some are narrow-band), plateaus (losses in nats per label of uniform and of constant output),
     and digest, by which a change of texts or durations is seen.
     """
-    train, valid, test, *_ = splits
+    train, valid, test, _ = splits
     alphabet = make_alphabet(train, known)
-    plateaus = {}  # nats per label: of uniform, of constant output
-    for name, utterances in ('valid_plateaus', valid), ('plateaus', train):
+
+    def plateaus(utterances):
         outputs = [ceil(u.frames / frames_per_output) for u in utterances]
         targets = [encode(u.text, alphabet) for u in utterances]
-        plateaus[name] = monitor.plateau_lines(targets, outputs, len(alphabet))
-    # From here on, outputs are training's, which came last.
-    seconds = [u.duration for u in train]
-    hours = sum(seconds) / HOUR
-    texts = [u.text for u in train]
-    sentences = set(texts)
-    labels = list(map(len, texts))
-    counts = Counter(''.join(texts))
+        return monitor.plateau_lines(targets, outputs, len(alphabet))
+
+    speakers = {u.speaker for u in train}
+    hours = sum(u.duration for u in train) / HOUR
+    sentences = {u.text for u in train}
+    counts = Counter(''.join(u.text for u in train))
     marks = [c for c in counts if c not in "-'" and category(c)[0] in 'PSN']
-    print(f'training    {len(train)} utterances, {hours:.2f} hours, '
-          f'{len({u.speaker for u in train})} speakers (all that are unknown count as one)\n'
-          f'validation  {len(valid)} utterances\n'
+    print(f'training    {len(train)} utterances, {hours:.2f} hours, {len(speakers)} speakers (all '
+          'that are unknown count as one)\n'
+          f'validation  {len(valid)} utterances, {sum(u.speaker in speakers for u in valid)} of '
+          'them by speakers who are in training too\n'
           f'repeated    {len(train) - len(sentences)} sentences within training, '
           f'{sum(u.text in sentences for u in valid)} of validation in training\n'
           f'characters  {dict(counts.most_common())}\n'
           f'not said    {" ".join(marks) or "none"} (punctuation and digits are learnt as letters '
           'are; remove what is not said, and write numbers as they are said)\n'
-          f'outputs     {sum(outputs) / sum(labels):.1f} a label (under 2: fast speech, try a '
-          'lower --frames_per_output)',
-          *monitor.unrelated_lengths([*zip(seconds, labels)]), sep='\n')
+          f'outputs     {sum(u.frames for u in train) / frames_per_output / counts.total():.1f} a '
+          'label (under 2: fast speech, try a lower --frames_per_output)',
+          *monitor.unrelated_lengths([(u.duration, len(u.text)) for u in train]), sep='\n')
     known = [f'{u.text} {u.duration}' for u in train + valid + test]
     return {
         'alphabet': alphabet,
@@ -729,7 +653,8 @@ def describe_corpus(
         'hours': hours,
         'narrow': any(u.narrow for u in train),
         'digest': sha256('\n'.join(known).encode()).hexdigest(),
-        **plateaus,
+        'plateaus': plateaus(train),
+        'valid_plateaus': plateaus(valid),
     }
 
 
@@ -762,34 +687,32 @@ WORDS = {
 # Formants: Peterson & Barney 1952, table II, men; of consonants Klatt 1980, table III (n's first is
 # its nasal one). Levels, hiss and durations are our own, by spectrogram and by what a recogniser of
 # real speech made of them.
-#         ms    formants, Hz  voice hiss  centre  width
-#               F1   F2    F3   dB   dB   kHz  octaves
-TABLE = '''
-    iy   110  270 2290  3010
-    uw   140  300  870  2240
-    th    90  320 1290  2540  -99  -30     6     1.5
-    ih    80  390 1990  2550
-    w     60  290  610  2150   -4
-    s    105  320 1390  2530  -99  -16     6     0.5
-    eh   100  530 1840  2480
-    r     65  310 1060  1380   -4
-    z     75  240 1390  2530  -10  -20     6     0.5
-    ah    90  640 1190  2390
-    l     65  310 1050  2880   -4
-    p     30  400 1100  2150  -99  -28     1       2
-    aa   110  730 1090  2440
-    n     90  270 1340  2470  -10
-    t     35  400 1600  2600  -99  -19   4.5     0.7
-    ao   110  570  840  2410
-    f     95  340 1100  2080  -99  -28     6       2
-    k     35  300 1990  2850  -99  -19     2     0.4
-    uh    80  440 1020  2240
-    v     55  220 1100  2080  -10  -32     6       2
-    g     25  200 1990  2850   -8  -24     2     0.4
-'''
-SOUNDED = [0, -99, 4, 1]  # what a row lacks that ends early: voiced as a vowel, without hiss
-PHONES = {name: np.array([*columns, *SOUNDED[len(columns) - 4:]], float)
-          for name, *columns in map(str.split, TABLE.strip().split('\n'))}
+PHONE_TABLE = {
+    #      ms   F1   F2   F3  voice hiss centre width
+    #           Hz   Hz   Hz   dB    dB  kHz    octaves
+    'iy': '110   270 2290 3010     0  -99     4     1',
+    'uw': '140   300  870 2240     0  -99     4     1',
+    'th': ' 90   320 1290 2540   -99  -30     6   1.5',
+    'ih': ' 80   390 1990 2550     0  -99     4     1',
+    'w':  ' 60   290  610 2150    -4  -99     4     1',
+    's':  '105   320 1390 2530   -99  -16     6   0.5',
+    'eh': '100   530 1840 2480     0  -99     4     1',
+    'r':  ' 65   310 1060 1380    -4  -99     4     1',
+    'z':  ' 75   240 1390 2530   -10  -20     6   0.5',
+    'ah': ' 90   640 1190 2390     0  -99     4     1',
+    'l':  ' 65   310 1050 2880    -4  -99     4     1',
+    'p':  ' 30   400 1100 2150   -99  -28     1     2',
+    'aa': '110   730 1090 2440     0  -99     4     1',
+    'n':  ' 90   270 1340 2470   -10  -99     4     1',
+    't':  ' 35   400 1600 2600   -99  -19   4.5   0.7',
+    'ao': '110   570  840 2410     0  -99     4     1',
+    'f':  ' 95   340 1100 2080   -99  -28     6     2',
+    'k':  ' 35   300 1990 2850   -99  -19     2   0.4',
+    'uh': ' 80   440 1020 2240     0  -99     4     1',
+    'v':  ' 55   220 1100 2080   -10  -32     6     2',
+    'g':  ' 25   200 1990 2850    -8  -24     2   0.4',
+}
+PHONES = {name: np.array(columns.split(), float) for name, columns in PHONE_TABLE.items()}
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPECTRUM = {
     'n_fft': 512,
@@ -823,8 +746,7 @@ def plan_phones(words: list, tract: float, accent: dict, tempo: float, rng: Gene
     for word in words:
         first = len(segments)
         for name in WORDS[word].split():
-            formants = accent[name] * rng.normal(1, 0.05, 3)
-            phone = PHONES[name] * np.r_[1, formants, 1, 1, tract, 1]
+            phone = PHONES[name] * np.r_[1, accent[name] * rng.normal(1, 0.05, 3), 1, 1, tract, 1]
             ms, *_ = phone / tempo
             if name in 'ptkg':  # stops begin with a closure
                 add(phone, 55 / tempo * rng.uniform(0.7, 1.4), 17, 200)
@@ -836,8 +758,8 @@ def plan_phones(words: list, tract: float, accent: dict, tempo: float, rng: Gene
         if chance < 0.6:  # the voice dies away, then a gap
             for fade in 10, 20, 30:
                 add(phone, 1 if name in 'ptkfsth' else 40, fade, fade)
-            longest = 1500 if chance < 0.15 else 300  # a quarter: pauses
-            add(phone, rng.uniform(30, longest), 200, 200)
+            # A quarter of the gaps are pauses.
+            add(phone, rng.uniform(30, 1500 if chance < 0.15 else 300), 200, 200)
     add(segments[0], 4 * rng.integers(40, 100), 200, 200)
     return np.roll(segments, 1, 0).T, spans  # the last added comes first
 
@@ -858,11 +780,10 @@ def make_source(pitch: float, steps: int, rng: Generator) -> Tensor:
     contour = pitch * np.linspace(1.1, 0.85, knots) * rng.normal(1, 0.07, knots)
     hertz = np.interp(np.linspace(0, 1, samples), np.linspace(0, 1, knots), contour)
     half_phase = np.pi * np.cumsum(hertz) / SAMPLE_RATE
-    harmonics = int(8000 / hertz.max())
+    harmonics = 8000 // hertz.max()
     # The sum of the cosines of all harmonics, in closed form.
     cosines = np.sin((2 * harmonics + 1) * half_phase) / np.sin(half_phase) - 1
-    pulses = cosines / np.sqrt(2 * harmonics)
-    waves = np.array([pulses, rng.standard_normal(samples)], 'float32')
+    waves = np.array([cosines / np.sqrt(2 * harmonics), rng.standard_normal(samples)], 'float32')
     return torch.stft(torch.tensor(waves), **SPECTRUM, return_complex=True)
 
 
@@ -873,13 +794,10 @@ def unit_power(response: Tensor) -> Tensor:
 
 def tube_response(tract: float, formants: list) -> Tensor:
     """The vocal tract's (257, n): a resonance for each formant, the fourth and above fixed."""
-    response = 1
     upper = tract * torch.arange(3500, 8000, 1000)
-    for f in *upper, *formants:
-        bandwidth = 50 + f / 20  # Hz
-        resonance = 1 - (HERTZ / f) ** 2 + 1j * HERTZ * (bandwidth / f ** 2)
-        response = response * resonance
-    return 1 / response
+    resonances = [1 - (HERTZ / f) ** 2 + 1j * HERTZ * ((50 + f / 20) / f ** 2)  # 50 + f / 20 wide
+                  for f in (*upper, *formants)]
+    return 1 / prod(resonances)
 
 
 def synthesise(text: str, speaker: int = 0) -> tuple:
@@ -907,7 +825,7 @@ def synthesise(text: str, speaker: int = 0) -> tuple:
     steps = planned[0].astype(int)
     ends = np.cumsum(steps) / 250  # seconds
     centres, octaves = torch.tensor(planned[6:]).float()
-    _, *formants, voiced, hissed = planned[:6].repeat(steps, 1)         # of every step
+    *formants, voiced, hissed = planned[1:6].repeat(steps, 1)           # of every step
 
     # Coarticulation: formants glide for 50 ms from phone to phone, voicing sets in over 56 ms,
     # noise within 16.
@@ -915,38 +833,36 @@ def synthesise(text: str, speaker: int = 0) -> tuple:
     voiced = glide(10 ** (voiced / 20), 14)
     hissed = glide(10 ** (hissed / 20), 4)
 
-    pulses, noise = make_source(pitch, steps.sum(), rng)
+    pulses, noise = make_source(pitch, len(voiced), rng)
     tube = tube_response(tract, formants)
     # The hiss is a bell over the logarithm of frequency, the room 10 to 35 dB below a vowel.
     distance = (HERTZ.clamp(50) / 1000 / centres).log2() / octaves
-    bell = unit_power((-(distance ** 2) / 2).exp())                     # of every segment
+    bell = unit_power((distance ** 2 / -2).exp())                        # of every segment
     bell = bell.repeat_interleave(torch.tensor(steps), 1)
-    colour = 1 / (1 + HERTZ / 10 ** rng.uniform(2, 3.7))
-    room = unit_power(colour) * 10 ** (-rng.uniform(10, 35) / 20)
+    room = (unit_power(1 / (1 + HERTZ / 10 ** rng.uniform(2, 3.7)))
+            * 10 ** (rng.uniform(10, 35) / -20))
     breathed = 0.3 * hissed + voiced * 10 ** (breath / 20)
-    slope = 1 + HERTZ / corner
-    voice = unit_power(tube / slope) * voiced * pulses
+    voice = unit_power(tube / (1 + HERTZ / corner)) * voiced * pulses
     rest = noise * (unit_power(tube) * breathed + room + bell * hissed)
     wave = torch.istft(voice + rest, **SPECTRUM)
     wave = wave * (rng.uniform(0.2, 0.9) / wave.abs().max())
-    times = [(word, ends[first], ends[last]) for word, first, last in spans]
-    return wave.numpy(), times
+    return wave.numpy(), [(word, ends[first], ends[last]) for word, first, last in spans]
 
 
 def speak_corpus(folder: Path) -> None:
     """Speak the built-in corpus into a folder: texts of one to six random words. Raises OSError."""
     for split, (first_speaker, speakers, utterances) in BUILTIN.items():
         rng = default_rng(first_speaker)
-        os.makedirs(folder / split, exist_ok=True)
-        rows = []
-        for i in progress(range(utterances), 'speaking the built-in corpus, once:'):
-            path = f'{split}/{i:04}.flac'
-            text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
-            speaker = first_speaker + i % speakers
-            wave, _ = synthesise(text, speaker)
-            soundfile.write(folder / path, wave, SAMPLE_RATE)
-            rows.append(json.dumps({'path': path, 'text': text, 'speaker': speaker}))
-        (folder / f'{split}.jsonl').write_text('\n'.join(rows))
+        os.makedirs(folder / split)
+        with open(folder / f'{split}.jsonl', 'w') as manifest:
+            for i in progress(range(utterances), 'speaking the built-in corpus, once:'):
+                path = f'{split}/{i:04}.flac'
+                text = ' '.join(rng.choice(list(WORDS), rng.integers(1, 7)))
+                speaker = first_speaker + i % speakers
+                wave, _ = synthesise(text, speaker)
+                soundfile.write(folder / path, wave, SAMPLE_RATE)
+                row = {'path': path, 'text': text, 'speaker': speaker}
+                print(json.dumps(row), file=manifest)
 
 
 def builtin_corpus(folder: str = 'corpus') -> dict:
@@ -958,9 +874,8 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
     if not os.path.exists(folder):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # of many small operations, threads would wait for each other
-        with (error_at(folder),
-              TemporaryDirectory(prefix='unfinished.', dir=Path(folder).parent) as parent):
-            spoken = Path(parent) / 'corpus'
+        with error_at(folder), TemporaryDirectory(dir=Path(folder).parent) as parent:
+            spoken = Path(parent, 'corpus')
             speak_corpus(spoken)
             with suppress(OSError):  # another process was at it too, and faster
                 spoken.rename(folder)
@@ -983,28 +898,26 @@ def progress(items: Sequence, what: str) -> Iterator:
     """Pass the items on, and show on a terminal how many of them are done."""
     for done, item in enumerate(items, 1):
         yield item
-        if sys.stderr.isatty():
-            sys.stderr.write(f'\r{what} {done}/{len(items)}\x1b[K')
-    monitor.clear_status()
+        monitor.show_status(f'{what} {done}/{len(items)}')
+    monitor.show_status('')
 
 
 def inspect_corpus(path: str) -> None:
     """Print what a corpus holds, and what is wrong with it. Raises UserError where training
     would."""
-    splits = read_splits(path, None, None, 0, FRAMES_PER_OUTPUT)
+    splits = read_splits((path, None, None), 0, FRAMES_PER_OUTPUT)
     if splits.train:
-        describe_corpus(splits, FRAMES_PER_OUTPUT)
-    for problem, names in splits.problems.items():
-        print(f'{len(names)} files {problem}:', *names)
+        describe_corpus(splits, FRAMES_PER_OUTPUT, [''])
+    print_problems(splits.train + splits.valid)
     if splits.faults:
-        raise UserError('\n'.join(splits.faults.values()))
+        raise UserError('\n'.join(splits.faults))
 
 
 def main(argv: Sequence = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
     parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder); '
                                      'with --say, the audio file to write')
-    parser.add_argument('--say', metavar='TEXT', help='speak numbers and the like into the file')
+    parser.add_argument('--say', help='a text, of numbers and the like, to speak into the file')
     args = parser.parse_args(argv)
     with monitor.one_line_ends('data.py'):
         if not args.say:

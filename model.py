@@ -415,12 +415,15 @@ def collapse(path: Iterable) -> list:
     return [symbol for symbol, _ in itertools.groupby(path) if symbol]
 
 
-def greedy_decode(log_probs: Tensor) -> list:
-    """Collapse the path of each output's likeliest symbol (Graves et al. 2006, section 3.2).
+def show_path(symbols: Iterable, alphabet: list) -> str:
+    """The symbols of outputs for the eye: the space as _, the blank as -."""
+    return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in symbols)
 
-    log_probs (T', V) of one clip, without padding -> its symbols.
-    """
-    return collapse(log_probs.argmax(1).tolist())
+
+def greedy_decode(log_probs: Tensor, alphabet: list) -> str:
+    """The text that the path of each output's likeliest symbol collapses to (Graves et al. 2006,
+    section 3.2). log_probs (T', V) of one clip, without padding."""
+    return ''.join(alphabet[symbol] for symbol in collapse(log_probs.argmax(1).tolist()))
 
 
 MOST_STEPS = 2_000_000_000  # of an alignment: a byte each
@@ -658,7 +661,7 @@ def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0) -> Transcrip
     network, alphabet, _, language_model = checkpoint
     mels, first_frame = data.features(wave)
     (log_probs,), _ = network(mels[None, None], torch.tensor([len(mels)]))        # (T', V)
-    text = data.decode(greedy_decode(log_probs), alphabet)
+    text = greedy_decode(log_probs, alphabet)
     if beam:
         text = beam_decode(log_probs, alphabet, language_model, beam)
     return Transcript(text, mels, first_frame * data.FRAME_SECONDS, log_probs, alphabet,
@@ -696,7 +699,7 @@ def plot_clip(heard: Transcript, path: str) -> None:
         above.axvspan(word.start, word.end, 0.97, facecolor='white', edgecolor='black')
     below.fill_between(times, probabilities[:, 0], color='0.85')
     below.plot(times, probabilities[:, 1:])
-    symbols = data.show_path(probabilities.argmax(1), heard.alphabet)
+    symbols = show_path(probabilities.argmax(1), heard.alphabet)
     for time, character, before in zip(times, symbols, ' ' + symbols):
         if character != before:
             below.text(time, 1.07, character, ha='center')
@@ -730,7 +733,7 @@ NARROW = ('nothing above 4 kHz, as from a telephone, and the model was trained o
 def transcribe_clips(checkpoint: Checkpoint, args: Namespace) -> None:
     """Print, and draw, what the flags ask for of each clip. Raises UserError, when all that can be
     used are done, that lists the others."""
-    faults = {}
+    faults = []
     for clip in args.clips:
         with data.listing(faults, clip):
             wave = data.read_wave(clip, args.channel)
@@ -745,7 +748,7 @@ def transcribe_clips(checkpoint: Checkpoint, args: Namespace) -> None:
                 with error_at(f'--plot {args.plot}'):
                     plot_clip(heard, args.plot)
     if faults:
-        raise UserError('\n'.join(faults.values()))
+        raise UserError('\n'.join(faults))
 
 
 def main(argv: list | None = None) -> None:

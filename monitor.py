@@ -495,7 +495,7 @@ class Watch:
                             for name, child in children}}
             self.calls = [*self.calls, call][-10:]
             findings = list(judge(self.calls))
-        clear_status()
+        show_status('')
         for finding in findings:
             print('    >', finding)
         self.findings = [finding for finding in findings if not finding.startswith('phase')]
@@ -800,13 +800,13 @@ def one_line_ends(program: str, go_on: str = '') -> Iterator:
         # From a process that loads recordings, the error comes behind that process's traceback.
         sys.exit(f'{program}: {str(error).rpartition("UserError: ")[2].strip()}')
     finally:
-        clear_status()
+        show_status('')
 
 
-def clear_status() -> None:
-    """Clear what a program shows of its progress on a terminal."""
+def show_status(text: str) -> None:
+    """Show on a terminal how far a program is, in place of what it showed before."""
     if sys.stderr.isatty():
-        print('\r\x1b[K', end='', file=sys.stderr)
+        print(f'\r{text}\x1b[K', end='', file=sys.stderr)
 
 
 def number(kind: type, low: float, high: float = 1e9) -> Callable:

@@ -942,7 +942,7 @@ def test_alphabet_round_trip_in_any_script(written, text):
     symbols = data.encode(data.normalise_text(written) + '?', alphabet)
     assert alphabet[0] == ''
     assert 0 not in symbols
-    assert data.decode(symbols, alphabet) == text
+    assert ''.join(alphabet[symbol] for symbol in symbols) == text
 
 
 @cases('symbols', [[1], [1, 2, 3], [1, 2, 2, 3], [1, 1, 1]])
@@ -959,11 +959,10 @@ def test_what_ctc_cannot_learn(symbols):
 DURATIONS = default_rng(0).uniform(1, 20, 101)
 
 
-def batches_of(epoch, rank=0, ranks=1, seed=0):
+def batches_of(epoch, seed=0):
     """An epoch's batches of eight of a hundred and one utterances."""
     utterances = [make_utterances('a', duration)[0] for duration in DURATIONS]
-    speech = data.Speech(utterances, [''], seed=seed)
-    return data.training_batches(speech, 8, epoch, rank, ranks)
+    return data.training_batches(data.Speech(utterances, [''], seed=seed), 8, epoch)
 
 
 def test_batches_repeat_by_seed_and_epoch():
@@ -984,9 +983,15 @@ def test_batches_hold_clips_of_nearly_equal_length():
 
 
 @cases('ranks', [3, 8])
-def test_processes_share_every_batch(ranks):
+def test_processes_share_every_batch(ranks, monkeypatch):
     """The five utterances of the last batch are too few for eight processes: some come twice."""
-    shares = [batches_of(1, rank, ranks) for rank in range(ranks)]
+    utterances = [make_utterances('a', duration)[0] for duration in DURATIONS]
+    speech, args = data.Speech(utterances, ['']), train.parse_flags([])
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr(train, 'RANK', rank)
+        monkeypatch.setattr(train, 'RANKS', ranks)
+        shares.append(train.epoch_loader(speech, 1, args).batch_sampler)
     for whole, *parts in zip(batches_of(1), *shares, strict=True):
         assert all(parts)
         assert set(sum(parts, [])) == set(whole)
@@ -995,7 +1000,7 @@ def test_processes_share_every_batch(ranks):
 
 def test_long_utterances_are_scored_in_small_batches():
     utterances = make_utterances('aaa', 300) + make_utterances('a' * 20)
-    batches = data.evaluation_batches(utterances, 16)
+    batches = train.evaluation_batches(utterances, 16)
     assert [len(batch) for batch in batches] == [16, 4, 2, 1]
 
 
@@ -1038,7 +1043,7 @@ def test_concat_puts_an_utterance_of_the_speaker_behind():
     utterances = make_utterances('abc' * 7)
     speech = data.Speech(utterances, ['', *'abc'], concat=1)
     for u in utterances:
-        (first, second), _ = speech.draw(0, u)
+        (first, second), *_ = speech.draw(0, u)
         assert first is u
         assert second.speaker == u.speaker
 
@@ -1086,7 +1091,7 @@ def write_forms(utterances, folder):
 
 def first_batches(path):
     """An epoch of a corpus, as training gets it."""
-    splits = data.read_splits(path, None, None, 1, 4)
+    splits = data.read_splits((path, None, None), 1, 4)
     assert splits.valid
     speech = data.Speech(splits.train, data.make_alphabet(splits.train), 4, speed_perturb=True)
     return list(data.loader(speech, data.training_batches(speech, 8, 0)))
@@ -1103,7 +1108,7 @@ def test_every_form_of_corpus_gives_the_same_batches(real, tmp_path, monkeypatch
     expected, *others = map(first_batches, write_forms(utterances[-48:], tmp_path))
     for batches in others:
         for batch, same in zip(batches, expected, strict=True):
-            assert all(map(torch.equal, batch[:4], same[:4]))
+            assert all(map(torch.equal, batch, same))
 
 
 @cases('sizes,fewest,most,whole', [
@@ -1136,10 +1141,10 @@ M4A = b'\x00\x00\x00\x20ftypM4A ' + bytes(500)  # libsndfile does not read these
 @cases('form,line,reason', [
     ('jsonl', '{"audio": "0.wav", "text": " "}', 'needs text and audio'),
     ('jsonl', '{"audio": "no.wav", "text": "a", "duration": 1}', 'no.wav is not a file'),
-    ('jsonl', '{"audio": "0.wav", "text": "a", "duration": NaN}', 'duration nan s'),
+    ('jsonl', '{"audio": "0.wav", "text": "a", "duration": NaN}', 'float NaN'),
     ('jsonl', '{"audio": "0.wav", "text": "a", "duration": 5}', 'lasts 0.50 s, and not 5.00'),
     ('jsonl', '{"audio": "none.wav", "text": "a", "duration": 1}', 'holds no samples'),
-    ('jsonl', '{"audio": "0.wav", "text": "a", "offset": 2}', 'offset 2.0 s'),
+    ('jsonl', '{"audio": "0.wav", "text": "a", "offset": 2}', 'lasts 0.00 s, and not -1.50'),
     ('jsonl', '{"audio": "phone.m4a", "text": "a"}', 'phone.m4a'),
     ('jsonl', '{"audio": "long.wav", "text": "a"}', 'up to 40 s'),
     ('jsonl', json_row('0.wav', 'abcdefgh' * 4), 'too short for its text'),
@@ -1158,8 +1163,8 @@ def test_a_bad_row_is_named_and_the_others_are_read(form, line, reason, tmp_path
     manifest = tmp_path / f'bad.{form}'
     lines = [*START[form], line, START[form][1]]
     manifest.write_text('\n'.join(lines), errors='surrogateescape')
-    splits = data.read_splits(manifest, 'none', None, 0, 2)
-    fault, = splits.faults.values()
+    splits = data.read_splits((manifest, 'none', None), 0, 2)
+    fault, = splits.faults
     assert [u.text for u in splits.train] == ['go', 'go']
     assert fault.startswith(f'{manifest}:3: ')
     assert reason in fault
@@ -1177,7 +1182,8 @@ def test_rows_of_other_systems_are_read(tmp_path):
         {'path': '2.wav', 'text': 'no'}], indent=1))
     utterances, faults = data.read_corpus(tmp_path / 'm.json')
     assert {u.path.name for u in utterances} == {mac, '1.wav'}
-    assert list(faults) == [f'{tmp_path / "m.json"}: object 3']
+    fault, = faults
+    assert fault.startswith(f'{tmp_path / "m.json"}: object 3: ')
 
 
 @cases('name', ['u.wav', 'u.flac', 'u.mp3'])
@@ -1228,8 +1234,8 @@ def test_fuzzed_manifests_give_utterances_or_lines(form, tmp_path):
     for _ in range(FUZZED // 3):
         manifest.write_bytes(mutated('\n'.join(START[form] * 2).encode(), rng))
         with contextlib.suppress(monitor.UserError):
-            splits = data.read_splits(manifest, 'none', None, 0, 2)
-            assert '\n' not in ''.join(splits.faults.values())
+            splits = data.read_splits((manifest, 'none', None), 0, 2)
+            assert '\n' not in ''.join(splits.faults)
 
 
 # ---- data: inspection ----------------------------------------------------------------------------
@@ -1243,23 +1249,21 @@ def test_inspection_names_problems(tmp_path, printed):
     problems = {
         'clipped, the peaks are flat': (16 * voice).clip(-1, 1),
         'near-silent, nowhere above': voice / 1000,
-        'digital silence': np.append(voice, np.zeros(8000)),
-        'a click or a bang': np.append(voice / 5, 0.9),
         'nothing above 4 kHz': np.sin(np.arange(16000) / 6),
         'of two channels that differ': np.array([voice, voice[::-1] / 9]).T,
         'of the same sound as another, and another text': voice / 2,
     }
     waves = [voice / 2, *(tones(text, rng) for text in texts[1:]), *problems.values(), voice]
-    manifest = write_corpus(tmp_path, texts + ["ab'c!"] * 8, waves)
-    (tmp_path / '17.wav').unlink()
+    manifest = write_corpus(tmp_path, texts + ["ab'c!"] * 6, waves)
+    (tmp_path / '15.wav').unlink()
     message = exit_code(data.main, manifest)
     out = printed()
     for i, problem in enumerate(problems, 10):
         assert re.search(f'files .*{problem}.* {i}.wav', out)
     assert 'not said    ! (' in out
-    assert re.search('repeated    (6 .* 0|5 .* 1|4 .* 2) of validation', out)
-    assert f'{manifest}:18: cannot be used' in message
-    assert 'training    15 utt' in out
+    assert re.search('repeated    (4 .* 0|3 .* 1|2 .* 2) of validation', out)
+    assert f'{manifest}:16: cannot be used' in message
+    assert 'training    13 utt' in out
     assert 'validation  2 utt' in out
 
 
@@ -1494,7 +1498,7 @@ def test_ctc_loss_against_all_paths(text):
 
 def test_greedy_decoding_collapses_the_best_path():
     path = torch.tensor([0, 1, 1, 0, 1, 2])
-    assert model.greedy_decode(F.one_hot(path).float()) == [1, 1, 2]
+    assert model.greedy_decode(F.one_hot(path).float(), ['', 'a', 'b']) == 'aab'
 
 
 B = (1 + 3 / 4) / (6 + 3)   # P(b), of the example in CharacterModel's docstring
@@ -1545,7 +1549,7 @@ def test_beam_search_finds_the_best_text_of_all(weight, bonus, seed, monkeypatch
     log_probs = (2 * torch.randn(6, 4)).log_softmax(1)
     likelihood = Counter()
     for symbols, _, log_likelihood in all_paths(log_probs):
-        likelihood[data.decode(symbols, alphabet)] += math.exp(log_likelihood)
+        likelihood[''.join(alphabet[symbol] for symbol in symbols)] += math.exp(log_likelihood)
     heard = model.beam_decode(log_probs, alphabet, language_model, 10_000)
     assert heard == max(likelihood, key=score)
 
@@ -1716,8 +1720,9 @@ def read_weights(run):
 
 def ctc_loss_of(network, batch):
     """-> the loss of a batch, the log-probabilities, their lengths."""
-    log_probs, lengths = network(batch.mels, batch.lengths)
-    loss = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, lengths, batch.target_lengths)
+    mels, lengths, targets, target_lengths = batch
+    log_probs, lengths = network(mels, lengths)
+    loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths)
     return loss, log_probs, lengths
 
 
@@ -1741,7 +1746,7 @@ def test_two_samples_are_learnt(tmp_path):
     targets = [data.encode(text, alphabet) for text in texts]
     uniform, _ = monitor.plateau_lines(targets, lengths, len(alphabet))
     loss, log_probs, lengths = ctc_loss_of(network.eval(), batch)
-    heard = [data.decode(model.greedy_decode(clip[:length]), alphabet)
+    heard = [model.greedy_decode(clip[:length], alphabet)
              for clip, length in zip(log_probs, lengths)]
     assert losses[0] == approx(uniform, rel=0.15)
     assert min(losses) > -1e-4
@@ -2181,8 +2186,8 @@ def test_an_update_is_faster_than_in_textbook_form(frames_per_output, times, mon
     """The same network with packed sequences and PyTorch's default memory format has the same loss,
     later."""
     config = {'vocab_size': 18, 'frames_per_output': frames_per_output, 'dropout': 0.0}
-    batch = data.Batch(torch.randn(8, 1, 240, 80), torch.arange(226, 241, 2),
-                       torch.randint(1, 18, (8, 20)), torch.full((8,), 20), ())
+    batch = (torch.randn(8, 1, 240, 80), torch.arange(226, 241, 2),
+             torch.randint(1, 18, (8, 20)), torch.full((8,), 20))
     loss, seconds = timed_passes(make_network(**config), batch)
     textbook = make_network(**config)
     textbook.recurrent = nn.ModuleList(map(PackedLSTM, textbook.recurrent))

@@ -115,7 +115,7 @@ FLAGS = {  # by group: name, a type or the choices, default, help
          'built-in corpus with its own validation and test, spoken into the folder corpus/'),
         ('valid_data', str, None,
          'validation corpus, which selects best.pt; unset: a tenth of the training data, other '
-         'speakers if all are known, and ten or more; none: train on everything, keep the last'),
+         'speakers if they are known, and ten or more; none: train on everything, keep the last'),
         ('test_data', str, None,
          "corpus scored once, at the end; unset: none, or the built-in corpus's; none: no test"),
         ('skip_bad', bool, False,
@@ -249,7 +249,7 @@ def watch_network(network: nn.Module) -> monitor.Watch:
 
 def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedule: object,
                 watch: monitor.Watch, args: Namespace) -> dict:
-    """One pass over batches of data.Batch -> {figure: its value in each update}.
+    """One pass over batches, as data.collate makes them -> {figure: its value in each update}.
 
     schedule: of the optimizer; its last_epoch counts the updates of the whole run. The watch looks
     at one of 100. Raises UserError at a gradient that is not finite.
@@ -257,7 +257,7 @@ def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedu
     network.train()
     figures = defaultdict(list)
     for batch in data.progress(batches, 'update'):
-        mels, lengths, targets, target_lengths = [x.to(args.device) for x in batch[:4]]
+        mels, lengths, targets, target_lengths = [x.to(args.device) for x in batch]
         layers, output_lengths = network(mels, lengths, every_layer=True)
         # Averaged over utterances, each one's loss divided by its number of labels: nats per label.
         first, *_, loss = [F.ctc_loss(log_probs.transpose(0, 1), targets, output_lengths,
@@ -286,6 +286,17 @@ def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedu
     return figures
 
 
+def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
+    """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
+    for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
+    batches = []
+    for frames, index in sorted((u.frames, index) for index, u in enumerate(utterances)):
+        if not batches or len(batches[-1]) >= min(batch_size, 64_000 // frames):
+            batches.append([])
+        batches[-1].append((0, index))
+    return batches
+
+
 # An utterance that was scored: its file, what was said, what was heard greedily and by beam search,
 # and the best symbol of every output.
 Row = namedtuple('Row', 'file said heard beam path')
@@ -301,20 +312,21 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
     network, alphabet, _, language_model = checkpoint
     network.to(args.device).eval()
     losses, rows = [], [None] * len(utterances)
-    batches = data.loader(Speech(utterances, alphabet),
-                          data.evaluation_batches(utterances, batch_size), args.workers)
-    for batch in data.progress(batches, 'scoring'):
-        outputs = network(batch.mels.to(args.device), batch.lengths.to(args.device))
+    batches = evaluation_batches(utterances, batch_size)
+    loader = data.loader(Speech(utterances, alphabet), batches, args.workers)
+    for batch, items in zip(data.progress(loader, 'scoring'), batches):
+        mels, lengths, targets, target_lengths = batch
+        outputs = network(mels.to(args.device), lengths.to(args.device))
         log_probs, lengths = [x.cpu() for x in outputs]                     # (B, T', V), (B,)
-        loss = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, lengths, batch.target_lengths,
-                          reduction='none') / batch.target_lengths
+        loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths,
+                          reduction='none') / target_lengths
         losses += loss[~loss.isinf()].tolist()
-        for i, clip, length in zip(batch.indices, log_probs, lengths):
+        for (_, i), clip, length in zip(items, log_probs, lengths):
             u, clip, spelled = utterances[i], clip[:length], ''
             if beam:
                 spelled = model.beam_decode(clip, alphabet, language_model, beam)
-            heard = data.decode(model.greedy_decode(clip), alphabet)
-            path = data.show_path(clip.argmax(1).tolist(), alphabet)
+            heard = model.greedy_decode(clip, alphabet)
+            path = model.show_path(clip.argmax(1).tolist(), alphabet)
             # A tab or a line's end in a file's name would end a cell of the table.
             rows[i] = Row(' '.join(u.path.name.split()), u.text, heard, spelled, path)
     return mean(losses or [inf]), rows
@@ -334,10 +346,10 @@ def read_data(args: Namespace) -> Splits:
     paths = [args.train_data, args.valid_data, args.test_data]
     if not args.train_data and not args.evaluate:
         paths = [path or own for path, own in zip(paths, data.builtin_corpus().values())]
-    splits = data.read_splits(*paths, args.seed, args.frames_per_output,
+    splits = data.read_splits(paths, args.seed, args.frames_per_output,
                               inf if args.skip_bad else CHECK_UP_TO)
     if splits.faults:
-        faults = '\n'.join(splits.faults.values())
+        faults = '\n'.join(splits.faults)
         if not args.skip_bad:
             raise UserError(f'{faults}\n{len(splits.faults)} utterances cannot be used; --skip_bad '
                             'leaves them out')
@@ -429,9 +441,12 @@ def epoch_loader(speech: Speech, epoch: int, args: Namespace) -> Sequence:
     """The batches of an epoch, from 0, by seed and epoch alone: one pass over the data; with
     --overfit as many passes as make 50 updates."""
     passes = ceil(50 / ceil(len(speech.utterances) / args.batch_size)) if args.overfit else 1
-    batches = [data.training_batches(speech, args.batch_size, done, RANK, RANKS)
+    batches = [data.training_batches(speech, args.batch_size, done)
                for done in range(epoch * passes, (epoch + 1) * passes)]
-    return data.loader(speech, sum(batches, []), args.workers)
+    # Of several processes, each takes its share of every batch; one without a share repeats the
+    # batch's first utterance.
+    shares = [batch[RANK::RANKS] or batch[:1] for batch in sum(batches, [])]
+    return data.loader(speech, shares, args.workers)
 
 
 def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) -> list:
@@ -532,7 +547,7 @@ def finish(path: object, splits: Splits, args: Namespace) -> None:
         right = [u for u, row in zip(utterances, rows) if row.said == row.heard]
         examples = right or utterances[:1]
     example = max(examples, key=lambda u: len(u.text))
-    wave = data.resample(*data.load_utterance(example), data.SAMPLE_RATE)
+    wave = data.resample(*data.load_utterance(example))
     with data.whole_file(folder / 'clip.wav') as part:
         soundfile.write(part, wave.numpy(), data.SAMPLE_RATE)
     # results.json says that the run is finished, so it comes last.
