@@ -23,6 +23,7 @@ References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani &
 (bootstrap).
 """
 import argparse
+import csv
 import itertools
 import json
 import math
@@ -38,16 +39,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PLATEAUS = ('uniform', 'constant')
-PHASES = {
+PLATEAUS = {  # and what helps where one stays
     'uniform': 'every network starts here; if it stays for hundreds of updates, see that no '
                'softmax comes before log_softmax, raise the learning rate, or initialise the head '
                'with larger weights',
     'constant': 'what the input tells is not used yet, as in every network for a while; if it '
                 'stays, compare five inputs with their texts, see whether ten can be learnt by '
                 'heart, and raise the learning rate',
-    'learning': 'the plateau is left',
-    'learnt': 'the plateau is left',
 }
 
 
@@ -139,13 +137,12 @@ def plateaus_left(losses: Sequence, lines: tuple,
 # ---- gradients and outputs -----------------------------------------------------------------------
 
 def gradient_norms(network: nn.Module) -> dict:
-    """The norm of the gradients of each of the network's children, and of them together:
-    {'gradient.NAME': ..., 'gradient': ...}."""
+    """The norm of the gradients of each of the network's children, 0 where it has none, and of
+    them together: {'gradient.NAME': ..., 'gradient': ...}."""
     norms = {}
     for name, child in network.named_children():
         gradients = [p.grad for p in child.parameters() if p.grad is not None]
-        if gradients:
-            norms[f'gradient.{name}'] = nn.utils.get_total_norm(gradients)
+        norms[f'gradient.{name}'] = nn.utils.get_total_norm(gradients)
     return norms | {'gradient': nn.utils.get_total_norm(norms.values())}
 
 
@@ -246,7 +243,7 @@ def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_
     """
     findings, batch = read_batch(blank, log_probs, targets, input_lengths, target_lengths)
     if not findings and not untrained:
-        findings = list(judge([look(*batch, blank)]))
+        findings = list(judge([look(*batch, blank, batch[0])]))
     return findings
 
 
@@ -347,23 +344,28 @@ def wrong_outputs(log_probs: Tensor, labels: Tensor, lengths: Tensor,
                'infinite; make more outputs a second, or leave them out')
 
 
-def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blank: int) -> dict:
+def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blank: int,
+         in_eval: Tensor) -> dict:
     """What a batch's outputs (T, B, V) have learnt, in plain numbers: output_figures, the phase and
     what it was judged by, and
 
-    median    loss of the utterances, as a share of the constant line
-    far       the share of the utterances whose loss is above it
-    lengths   of the utterances, in outputs and in labels
-    apart     the largest difference of log-probabilities between the shortest text's clip, which
-              has most padding, and another
-    ends      how many clips end as that one does, where all are as long as the batch
-    spread    ... of two symbols
+    median      loss of the utterances, as a share of the constant line
+    far         the share of the utterances whose loss is above it
+    lengths     of the utterances, in outputs and in labels
+
+    and, of the outputs in eval mode (T, B, V), which are not disturbed by drop-out,
+
+    eval_loss   their loss
+    apart       the largest difference of log-probabilities between the shortest text's clip, which
+                has most padding, and another
+    ends        how many clips end as that one does, where all are as long as the batch
+    spread      the largest difference between two symbols
     """
     texts = labels.split(sizes.tolist())
     lines = plateau_lines(texts, lengths, log_probs.shape[2], blank)
     losses = F.ctc_loss(log_probs, labels, lengths, sizes, blank, reduction='none') / sizes
     loss = fmean(losses)
-    shared = log_probs[:lengths.min()]
+    shared = in_eval[:lengths.min()]
     apart = (shared - shared[:, [sizes.argmin()]]).abs().amax(2)                   # (T, B)
     ends = int((apart[-3:].amax(0) < 0.05 * apart.amax()).sum())
     return output_figures(log_probs.transpose(0, 1), lengths, blank) | {
@@ -371,6 +373,7 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
         'median': float(losses.quantile(0.5) / lines[1]),
         'far': fmean(losses > lines[1]),
         'lengths': torch.stack([lengths, sizes], 1).tolist(),
+        'eval_loss': float(F.ctc_loss(in_eval, labels, lengths, sizes, blank)),
         'apart': float(apart.amax()) if len(texts) > 1 else math.inf,
         'ends': ends if len(shared) == len(log_probs) else 0,
         'spread': float((shared.amax(2) - shared.amin(2)).max())}
@@ -398,7 +401,8 @@ def judge(calls: Sequence) -> Iterator:
         yield (f'the output depends on the input, and yet {where}; check that each text belongs '
                "to its input, and that blank and alphabet are the network's own")
     elif any(call['phase'] in PLATEAUS for call in calls[-2:]):
-        yield f'phase {phase}: {where}; {PHASES[phase]}'
+        advice = PLATEAUS.get(phase, 'the plateau is left')
+        yield f'phase {phase}: {where}; {advice}'
 
 
 def judge_watched(calls: Sequence) -> Iterator:
@@ -424,7 +428,7 @@ def judge_watched(calls: Sequence) -> Iterator:
         yield (f'clips mix: {last["mixed"]:.0%} of the gradient of the first one\'s outputs lies '
                'in the inputs of others; look for a reshape or view in place of a transpose, and '
                'for layers that take the batch for time (batch_first)')
-    if not stuck and last.get('eval_loss', 0) > 1.5 * last['loss'] + 0.1:
+    if not stuck and last['eval_loss'] > 1.5 * last['loss'] + 0.1:
         yield ('training and eval mode differ: the loss of this batch is {loss:.3f} and '
                "{eval_loss:.3f}; batch norm's running statistics are not those of its batches, so "
                'give them a larger momentum, or make more updates').format(**last)
@@ -487,8 +491,10 @@ class Watch:
         if not findings:
             children = list(self.network.named_children())
             norms = gradient_norms(self.network)
-            call = look(*batch, self.blank) | self.look_in_eval_mode(batch, sound, *others) | {
-                'gradients': {name: float(norms.get(f'gradient.{name}', 0))
+            in_eval, mixed = self.pass_in_eval_mode(sound, *others)
+            call = look(*batch, self.blank, in_eval) | {
+                'mixed': mixed,
+                'gradients': {name: float(norms[f'gradient.{name}'])
                               for name, child in children
                               if any(p.requires_grad for p in child.parameters())},
                 'weights': {name: sum(p.double().norm().item() for p in child.parameters())
@@ -501,22 +507,20 @@ class Watch:
         self.findings = [finding for finding in findings if not finding.startswith('phase')]
         return findings
 
-    def look_in_eval_mode(self, batch: Sequence, sound: Tensor,
-                          *others: object) -> dict:
-        """The loss in eval mode, how far clips are apart then, and which share of the gradient of
-        the first clip's outputs lies in the other clips' inputs: none, but where clips mix."""
+    def pass_in_eval_mode(self, sound: Tensor, *others: object) -> tuple:
+        """log_probs (T, B, V) in eval mode, and which share of the gradient of the first clip's lies
+        in the other clips' inputs: none, but where clips mix."""
         sound = sound.detach().float().requires_grad_()
-        with in_eval_mode(self.network), torch.enable_grad():
+        with in_eval_mode(self.network):
             log_probs = self.forward(sound.clone(), *others).float().cpu()
             log_probs = log_probs.movedim(self.batch_dim, 1)                       # (T, B, V)
             # The blank's, as all symbols together have no gradient where they are equally likely.
             heard = log_probs[:, 0, self.blank].sum() + 0 * sound.sum()
             gradient, = torch.autograd.grad(heard, sound)
         size = gradient.abs() / gradient.abs().sum()
-        owns = [size.select(dim, 0).sum() for dim, n in enumerate(size.shape) if n == len(batch[2])]
-        seen = look(log_probs.detach(), *batch[1:], self.blank)
-        return {'eval_loss': seen['loss'], 'apart': seen['apart'],
-                'mixed': 1 - float(max(owns, default=1))}
+        batch = log_probs.shape[1]
+        owns = [size.select(dim, 0).sum() for dim, n in enumerate(size.shape) if n == batch]
+        return log_probs.detach(), 1 - float(max(owns, default=1))
 
 
 @contextmanager
@@ -578,18 +582,19 @@ def read_run(folder: str | Path) -> dict:
     split scored last, each {'file', 'said', 'heard', 'beam' (by beam search), 'path'}).
     """
     def read(name):
-        return (Path(folder) / name).read_text(encoding='utf-8')
+        return Path(folder, name).read_text(encoding='utf-8')
 
     with error_at(folder):
         run = {'name': str(folder), 'config': json.loads(read('config.json')),
                'log': list(map(json.loads, read('log.jsonl').splitlines())),
                'results': {}, 'sentences': []}
-        if (Path(folder) / 'results.json').exists():
+        if Path(folder, 'results.json').exists():
             run['results'] = json.loads(read('results.json'))
         for split in 'valid', 'test':
             if split in run['results']:
-                names, *rows, _ = [line.split('\t') for line in read(f'{split}.tsv').split('\n')]
-                run['sentences'] = [dict(zip(names, row, strict=True)) for row in rows]
+                lines = read(f'{split}.tsv').split('\n')
+                run['sentences'] = list(csv.DictReader(lines, delimiter='\t',
+                                                       quoting=csv.QUOTE_NONE))
     return run
 
 
@@ -789,9 +794,8 @@ def one_line_ends(program: str, go_on: str = '') -> Iterator:
     lacks are shown as numbers.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')
+    if hasattr(sys.stdout, 'reconfigure'):  # stderr does it by itself
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         yield
     except KeyboardInterrupt:
