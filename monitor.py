@@ -47,6 +47,8 @@ PLATEAUS = {  # and what helps where one stays
                 'stays, compare five inputs with their texts, see whether ten can be learnt by '
                 'heart, and raise the learning rate',
 }
+LEFT = ('at which the uniform plateau was left: {left_uniform}, the constant one: {left_constant} '
+        '(None: not yet)')
 
 
 # ---- the two plateaus ----------------------------------------------------------------------------
@@ -598,14 +600,6 @@ def read_run(folder: str | Path) -> dict:
     return run
 
 
-def print_run(run: Mapping) -> None:
-    """Print a run by epochs, and how to go on."""
-    print(run['name'], *map(epoch_line, run['log']), sep='\n')
-    if run['log']:
-        print(*explain(run['log'], run['config']), sep='\n')
-    print_scores(run['results'])
-
-
 def judged_by(record: Mapping) -> float:
     """The loss of an epoch, by validation where there is some."""
     return record.get('valid_loss', record['train_loss'])
@@ -617,24 +611,27 @@ def best_epoch(log: Sequence) -> Mapping:
     return min(reversed(log), key=lambda record: (record.get('wer', 0), record.get('cer', 0)))
 
 
-def explain(log: Sequence, config: Mapping) -> Iterator:
-    """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
-    last = log[-1]
-    way = plateau_fraction(judged_by(last),
-                           config['valid_plateaus' if 'valid_loss' in last else 'plateaus'])
-    yield ('phase: {phase}; the loss has come {way:.0%} of the way from the uniform to the '
-           'constant line, the entropy is {entropy:.0%} of the largest, the sound decides '
-           '{sound:.0%} of the output').format(way=way, **last)
-    yield ('update at which the uniform plateau was left: {left_uniform}, the constant one: '
-           '{left_constant} (None: not yet)').format(**last)
-    if 'wer' in last:
-        best = best_epoch([*config['start'], *log])
-        yield ('best epoch {epoch} of {}: WER {wer:.2f} %, CER {cer:.2f} %'
-               .format(len(log), **best))
-    yield f'how to go on: {next_step(log, config)}'
+def print_run(run: Mapping) -> None:
+    """Print a run by epochs, its phase, why, what to try, and its scores."""
+    log, config = run['log'], run['config']
+    print(run['name'], *map(epoch_line, log), sep='\n')
+    if log:
+        last = log[-1]
+        way = plateau_fraction(judged_by(last),
+                               config['valid_plateaus' if 'valid_loss' in last else 'plateaus'])
+        print(('phase: {phase}; the loss has come {way:.0%} of the way from the uniform to the '
+               'constant line, the entropy is {entropy:.0%} of the largest, the sound decides '
+               '{sound:.0%} of the output').format(way=way, **last))
+        print('update', LEFT.format(**last))
+        if 'wer' in last:
+            best = best_epoch([*config['start'], *log])
+            print('best epoch {epoch} of {}: WER {wer:.2f} %, CER {cer:.2f} %'
+                  .format(len(log), **best))
+        print('how to go on:', next_step(log))
+    print_scores(run['results'])
 
 
-def next_step(log: Sequence, config: Mapping) -> str:
+def next_step(log: Sequence) -> str:
     """What to try first after a run of these records of the log."""
     last = log[-1]
     updates = last['updates']
@@ -657,8 +654,6 @@ def next_step(log: Sequence, config: Mapping) -> str:
     if last['phase'] in PLATEAUS:
         return ('the network fits the training utterances alone; get more of them, and check that '
                 'each transcript belongs to its recording')
-    if last['clipped'] > 0.9 and plateau_fraction(last['train_loss'], config['plateaus']) < 1.1:
-        return 'nearly all updates are clipped; halve the learning rate'
     if 'wer' not in last:
         return 'there is no validation data; give some'
     if last['wer'] > 80 and last['cer'] < 25:
@@ -674,9 +669,9 @@ def next_step(log: Sequence, config: Mapping) -> str:
 
 def print_comparison(runs: Sequence) -> None:
     """Print a table of runs, those together that differ by their seed alone: the WER of each, their
-    mean (that of all their words), standard deviation and 95 % interval over utterances; of two
-    groups, or of two runs, whether one is better: whether the interval of their difference, in the
-    same samples of the utterances (paired bootstrap, Bisani & Ney 2004), excludes 0.
+    mean (that of all their words), standard deviation and 95 % interval over utterances, and that
+    of the difference between these runs and the first ones, in the same samples of the utterances
+    (paired bootstrap, Bisani & Ney 2004): where it excludes 0, they are better or worse.
 
     Raises UserError where runs are not finished, or have scored other sentences.
     """
@@ -686,36 +681,29 @@ def print_comparison(runs: Sequence) -> None:
             raise UserError(f'{run["name"]}: not finished, or other sentences were scored')
     words = torch.tensor([len(words_of(text)) for text in said])
     flags = [run['config']['flags'] for run in runs]
-    differ = [name for name in flags[0] if len({str(own.get(name)) for own in flags}) > 1
-              and name not in ('run_dir', 'device', 'workers', 'threads', 'undo', 'only', 'seed')]
+    differ = [name for name in flags[0]
+              if name not in ('run_dir', 'device', 'workers', 'threads', 'undo', 'only', 'seed')
+              and len({own.get(name) for own in flags}) > 1]
     names = [', '.join(f'{name} {own.get(name)}' for name in differ) for own in flags]
-    if len(runs) == 2:
-        names = [run['name'] for run in runs]
     for decoding, heard in ('greedy', 'heard'), ('beam search', 'beam'):
-        print(f'{decoding}: WER of each run in %, mean, deviation, 95 % interval')
+        print(f'{decoding}: WER of each run in %, mean, deviation, 95 % interval, that of the '
+              'difference from the first line')
         errors = torch.tensor([[edit_counts(words_of(row['said']), words_of(row[heard]))[0]
-                                for row in run['sentences']] for run in runs])     # (runs, N)
-        means = {}
-        for name in dict.fromkeys(names):
-            group = errors[[name == other for other in names]].float()
+                                for row in run['sentences']] for run in runs]).float()  # (runs, N)
+        groups = {name: errors[[name == other for other in names]] for name in names}
+        first = groups[names[0]].mean(0)
+        for name, group in groups.items():
             wers = (100 * group.sum(1) / words.sum()).tolist()
-            means[name] = group.mean(0)
-            low, high = bootstrap_interval(means[name], words)
             spread = f'{stdev(wers):.2f}' if len(wers) > 1 else '    '
             print(*(f'{wer:6.2f}' for wer in wers),
-                  f'  {fmean(wers):6.2f}  {spread}  {low:.1f} to {high:.1f}  {name}')
-        if len(means) == 2:
-            one, two = means
-            more = means[two] - means[one]
-            low, high = bootstrap_interval(more, words)
-            verdict = 'worse' if low > 0 else 'better' if high < 0 else 'not clearly different'
-            print(f'paired bootstrap: {two} has {100 * more.sum() / words.sum():+.2f} points of '
-                  f'WER (95 %: {low:+.2f} to {high:+.2f}): it is {verdict}')
+                  '  {:6.2f}  {}  {:.1f} to {:.1f}  {:+.2f} to {:+.2f}  {}'.format(
+                      fmean(wers), spread, *bootstrap_interval(group.mean(0), words),
+                      *bootstrap_interval(group.mean(0) - first, words), name))
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-# Colours that colour-blind readers tell apart (Okabe & Ito 2008), here and for runs.
+# Colours that colour-blind readers tell apart (Okabe & Ito 2008).
 PHASE_COLOURS = {'uniform': '#999999', 'constant': '#E69F00', 'learning': '#56B4E9',
                  'learnt': '#009E73'}
 
@@ -723,11 +711,10 @@ PHASE_COLOURS = {'uniform': '#999999', 'constant': '#E69F00', 'learning': '#56B4
 def load_pyplot() -> object:
     """matplotlib.pyplot, which draws into files only. Raises UserError where it is missing."""
     with error_at('matplotlib is needed (python -m pip install matplotlib)'):
-        import matplotlib
-    matplotlib.use('agg')
-    from matplotlib import pyplot
-    # A $ in a text or a name is a $.
-    pyplot.rcParams.update({'font.size': 9, 'text.parse_math': False})
+        from matplotlib import pyplot
+    pyplot.switch_backend('agg')
+    pyplot.style.use('tableau-colorblind10')
+    pyplot.rcParams['text.parse_math'] = False  # a $ in a text or a name is a $
     return pyplot
 
 
@@ -736,34 +723,34 @@ def plot_runs(runs: Sequence, path: str) -> None:
     norms by part, and what each heard of the longest sentence. Raises OSError, ValueError."""
     if not all(run['log'] for run in runs):
         raise ValueError('a run has no epochs to draw')
-    pyplot = load_pyplot()
-    panels = {'CTC loss, nats per label': 'loss', 'validation WER, %': 'wer',
-              'gradient norm, nats per label': 'gradient.'}
-    figure, all_axes = pyplot.subplots(1, 3, figsize=(15, 5), layout='constrained')
-    losses = all_axes[0]
+    figure, panels = load_pyplot().subplots(1, 3, figsize=(15, 5), layout='constrained')
+    losses = panels[0]
     for phase, colour in PHASE_COLOURS.items():
         losses.scatter([], [], color=colour, label=f'phase: {phase}')
     for loss, name in zip(runs[0]['config']['plateaus'], PLATEAUS):
-        losses.axhline(loss, color='0.5', linestyle=':', label=f'{name} output: {loss:.2f}')
+        losses.axhline(loss, color='0.5', label=f'{name} output: {loss:.2f}')
     lines = []
-    for run, colour in zip(runs, itertools.cycle(
-            ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'])):
-        epochs = [record['epoch'] for record in run['log']]
-        losses.scatter(epochs, list(map(judged_by, run['log'])), zorder=3,
-                       color=[PHASE_COLOURS[record['phase']] for record in run['log']])
-        for axes, (label, word) in zip(all_axes, panels.items()):
-            keys = [key for key in run['log'][0] if word in key]
-            for key, style in zip(keys, ['-', '--', ':', '-.']):
-                axes.plot(epochs, [record[key] for record in run['log']], style, color=colour,
-                          label=f'{key}, {run["name"]}')
+    for i, run in enumerate(runs):
+        log = run['log']
+        for record in log:
+            losses.scatter(record['epoch'], judged_by(record), zorder=3,
+                           color=PHASE_COLOURS[record['phase']])
+        for axes, word, label, scale in zip(
+                panels, ['loss', 'wer', 'gradient.'],
+                ['CTC loss, nats per label', 'validation WER, %', 'gradient norm, nats per label'],
+                ['log', 'linear', 'log']):
+            keys = [key for key in log[0] if word in key]
+            for key, style in zip(keys, ['-', '--', ':']):
+                axes.plot([record['epoch'] for record in log], [record[key] for record in log],
+                          style, color=f'C{i}', label=f'{key}, {run["name"]}')
                 axes.legend(fontsize=7)
-            axes.set(xlabel='epoch', ylabel=label, yscale='linear' if word == 'wer' else 'log')
+            axes.set(xlabel='epoch', ylabel=label, yscale=scale)
             axes.yaxis.set_major_formatter('{x:g}')
             axes.yaxis.set_minor_formatter('')
         for longest in sorted(run['sentences'], key=lambda row: len(row['said']))[-1:]:
             lines.append('said: {said}   heard: {heard}   ({name})'.format(**longest, **run))
     figure.suptitle('\n'.join(lines), x=0, ha='left')
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 # ---- how programs end ----------------------------------------------------------------------------
@@ -882,8 +869,7 @@ def print_lines(args: argparse.Namespace) -> None:
         fraction = plateau_fraction(fmean(losses[-window:]), lines)
         print(f'the last of {len(losses)} losses lies {fraction:.0%} of the way from the first '
               'line to the second')
-        print('loss at which the uniform plateau was left: {left_uniform}, the constant one: '
-              '{left_constant} (None: not yet)'.format(**plateaus_left(losses, lines, window)))
+        print('loss', LEFT.format(**plateaus_left(losses, lines, window)))
 
 
 def main(argv: Sequence | None = None) -> None:
