@@ -721,7 +721,7 @@ def describe_corpus(
           'are; remove what is not said, and write numbers as they are said)\n'
           f'outputs     {sum(outputs) / sum(labels):.1f} a label (under 2: fast speech, try a '
           'lower --frames_per_output)',
-          *monitor.unrelated_lengths([*zip(seconds, labels)]), sep='\n')
+          *monitor.unrelated_lengths(seconds, labels), sep='\n')
     known = [f'{u.text} {u.duration}' for u in train + valid + test]
     return {
         'alphabet': alphabet,

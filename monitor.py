@@ -24,13 +24,12 @@ References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani &
 """
 import argparse
 import csv
-import itertools
 import json
 import math
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import correlation, fmean, stdev
@@ -83,7 +82,7 @@ def plateau_lines(targets: Sequence, lengths: Sequence, vocab_size: int,
     most = max(len(text) for text, _ in possible)
     possible = possible[::len(possible) * longest * most // 20_000_000 + 1]
     texts, outputs = zip(*possible)
-    labels = torch.tensor(list(itertools.chain(*texts)))
+    labels = torch.cat([torch.as_tensor(text) for text in texts])
     share = 1 / fmean(length / len(text) for text, length in possible)
     frequent = share * torch.bincount(labels, minlength=vocab_size) / len(labels)
     frequent[blank] = 1 - share
@@ -105,8 +104,8 @@ def plateau_fraction(loss: float, lines: tuple) -> float:
     return (uniform - loss) / max(uniform - constant, 1e-9)  # they may be equal where V is 2
 
 
-def name_phase(loss: float, lines: tuple) -> str:
-    """Where a network stands by its loss, in nats per label, and the lines of the same utterances.
+def phase_limits(lines: tuple) -> dict:
+    """The losses above which a network is in a phase, by both lines, in nats per label.
 
     uniform    nearer to the uniform line than to the constant one, or above both
     constant   not a tenth below the constant line, as in blank collapse: what the network hears is
@@ -115,8 +114,14 @@ def name_phase(loss: float, lines: tuple) -> str:
     learnt     the loss is below a tenth of the constant line
     """
     _, constant = lines
-    limits = {'uniform': sum(lines) / 2, 'constant': 0.9 * constant, 'learning': 0.1 * constant}
-    return next((phase for phase, limit in limits.items() if not loss <= limit), 'learnt')
+    return {'uniform': sum(lines) / 2, 'constant': 0.9 * constant, 'learning': 0.1 * constant}
+
+
+def name_phase(loss: float, lines: tuple) -> str:
+    """Where a network stands by its loss, in nats per label, and the lines of the same utterances.
+    """
+    limits = phase_limits(lines).items()
+    return next((phase for phase, limit in limits if not loss <= limit), 'learnt')
 
 
 def plateaus_left(losses: Sequence, lines: tuple,
@@ -174,7 +179,7 @@ def output_figures(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> dict:
 # ---- error rates ---------------------------------------------------------------------------------
 
 def edit_counts(reference: Sequence, hypothesis: Sequence) -> tuple:
-    """What turns a reference into a hypothesis: (errors, substitutions, insertions, deletions).
+    """What turns a reference into a hypothesis: (errors, and how many of them are substitutions).
 
     Of the alignments with the fewest errors (Levenshtein 1966), one with the fewest substitutions.
     """
@@ -185,21 +190,15 @@ def edit_counts(reference: Sequence, hypothesis: Sequence) -> tuple:
         for j, heard in enumerate(hypothesis):
             same = before[j] + (said != heard) * (error + 1)
             row.append(min(same, before[j + 1] + error, row[j] + error))
-    errors, substitutions = divmod(row[-1], error)
-    longer = len(hypothesis) - len(reference)  # insertions less deletions
-    insertions = (errors - substitutions + longer) // 2
-    return errors, substitutions, insertions, insertions - longer
+    return divmod(row[-1], error)
 
 
-# Thai, Lao, Burmese, Khmer, kana, Chinese characters: of scripts without spaces.
+# The words of a text; in scripts that are written without spaces, each character is one: Thai, Lao,
+# Burmese, Khmer, kana, Chinese characters.
 UNSPACED = ('\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3040-\u30ff\u3400-\u9fff'
             '\U00020000-\U0003ffff')
 WORD = re.compile(rf'[{UNSPACED}]|[^\s{UNSPACED}]+')
-
-
-def words_of(text: str) -> list:
-    """The words of a text; in scripts that are written without spaces, each character is one."""
-    return WORD.findall(text)
+words_of = WORD.findall
 
 
 def bootstrap_interval(errors: Tensor, words: Tensor) -> list:
@@ -219,17 +218,19 @@ def error_rates(references: Sequence, hypotheses: Sequence) -> dict:
     (S + I + D) / reference length; errors are pooled over all utterances. Words are those of
     words_of. A sentence is wrong if a word of it is. There must be a word to score.
     """
-    said = list(map(words_of, references))
-    edits = torch.tensor(list(map(edit_counts, said, map(words_of, hypotheses))))   # (N, 4)
+    said, heard = [list(map(words_of, texts)) for texts in (references, hypotheses)]
+    edits = torch.tensor(list(map(edit_counts, said, heard)))                       # (N, 2)
     words = list(map(len, said))
-    errors, substitutions, insertions, deletions = edits.sum(0).tolist()
+    errors, substitutions = edits.sum(0).tolist()
+    longer = sum(map(len, heard)) - sum(words)  # insertions less deletions
+    insertions = (errors - substitutions + longer) // 2
     character_errors = sum(edit_counts(*pair)[0] for pair in zip(references, hypotheses))
     return {'wer': 100 * errors / sum(words),
             'interval': bootstrap_interval(edits[:, 0], torch.tensor(words)),
             'cer': 100 * character_errors / sum(map(len, references)),
             'ser': 100 * fmean(edits[:, 0] > 0),
-            'substitutions': substitutions, 'insertions': insertions, 'deletions': deletions,
-            'words': sum(words), 'utterances': len(references)}
+            'substitutions': substitutions, 'insertions': insertions,
+            'deletions': insertions - longer, 'words': sum(words), 'utterances': len(references)}
 
 
 # ---- a batch of anybody's network ----------------------------------------------------------------
@@ -245,7 +246,7 @@ def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_
     """
     findings, batch = read_batch(blank, log_probs, targets, input_lengths, target_lengths)
     if not findings and not untrained:
-        findings = list(judge([look(*batch, blank, batch[0])]))
+        findings = list(judge([look(*batch, blank, batch[0])]))[:1]
     return findings
 
 
@@ -266,6 +267,11 @@ def read_batch(blank: int, *tensors: Tensor) -> tuple:
             [log_probs, targets, lengths, sizes])
 
 
+def sums_to_one(probabilities: Tensor) -> bool:
+    """Whether most (B, V, ...) do, over V, as exactly as half precision has them."""
+    return (probabilities.sum(1) - 1).abs().median() < 0.07
+
+
 def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
                 target_lengths: Tensor) -> str | None:
     """What is wrong with the arguments' shapes and kinds of numbers."""
@@ -280,7 +286,7 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
             advice = 'of one clip, take log_probs.unsqueeze(1)'
         elif shape[0] == batch:
             advice = 'it looks like (B, T, V), so take log_probs.transpose(0, 1)'
-            if (log_probs.exp().sum(1) - 1).abs().median() < 0.07:
+            if sums_to_one(log_probs.exp()):
                 advice = 'it looks like (B, V, T), so take log_probs.permute(2, 0, 1)'
         return f'log_probs has the shape {shape}, not (T, {batch}, V) as target_lengths; {advice}'
     longest = target_lengths.max()
@@ -321,9 +327,6 @@ def wrong_labels(labels: Tensor, sizes: Tensor, last: int, blank: int) -> Iterat
 def wrong_outputs(log_probs: Tensor, labels: Tensor, lengths: Tensor,
                   sizes: Tensor) -> Iterator:
     """Outputs that are not logarithms of probabilities, or as many as cannot be right."""
-    def sums_to_one(probabilities):  # nearly all of them, as exactly as half precision has them
-        return ((probabilities.sum(1) - 1).abs() < 0.07).float().mean() > 0.5
-
     frames = len(log_probs)
     outputs = log_probs.transpose(0, 1)[valid_frames(frames, lengths)]             # (N, V)
     if not (outputs < math.inf).all():
@@ -335,14 +338,15 @@ def wrong_outputs(log_probs: Tensor, labels: Tensor, lengths: Tensor,
                'where softmax is over time or the batch, and a loss of it may be negative; take '
                'log_softmax over the last dimension')
     shortest, longest = lengths.aminmax()
-    needed = torch.tensor(list(map(outputs_needed, labels.split(sizes.tolist()))))
+    texts = labels.split(sizes.tolist())
+    missing = torch.tensor(list(map(outputs_needed, texts))) - lengths
     if shortest < 1 or longest > frames or 2 * longest <= frames - 8:  # one clip is not padded
         yield (f'input_lengths are {shortest} to {longest} of {frames} outputs; see whether they '
                "are divided by the network's stride, and not too often, or clips are padded too "
                'far')
-    elif (needed > lengths).any():
-        yield (f'{(needed > lengths).sum()} of {len(lengths)} utterances have fewer outputs than '
-               f'labels and repeats, by up to {(needed - lengths).max()}, so their loss is '
+    elif missing.max() > 0:
+        yield (f'{(missing > 0).sum()} of {len(lengths)} utterances have fewer outputs than '
+               f'labels and repeats, by up to {missing.max()}, so their loss is '
                'infinite; make more outputs a second, or leave them out')
 
 
@@ -351,8 +355,8 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
     """What a batch's outputs (T, B, V) have learnt, in plain numbers: output_figures, the phase and
     what it was judged by, and
 
-    median      loss of the utterances, as a share of the constant line
-    far         the share of the utterances whose loss is above it
+    far         the share of the utterances whose loss is above the constant line, where half of
+                them are below a half of it; else nan
     lengths     of the utterances, in outputs and in labels
 
     and, of the outputs in eval mode (T, B, V), which are not disturbed by drop-out,
@@ -372,8 +376,7 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
     ends = int((apart[-3:].amax(0) < 0.05 * apart.amax()).sum())
     return output_figures(log_probs.transpose(0, 1), lengths, blank) | {
         'loss': loss, 'lines': lines, 'phase': name_phase(loss, lines),
-        'median': float(losses.quantile(0.5) / lines[1]),
-        'far': fmean(losses > lines[1]),
+        'far': fmean(losses > lines[1]) if losses.median() < lines[1] / 2 else math.nan,
         'lengths': torch.stack([lengths, sizes], 1).tolist(),
         'eval_loss': float(F.ctc_loss(in_eval, labels, lengths, sizes, blank)),
         'apart': float(apart.amax()) if len(texts) > 1 else math.inf,
@@ -382,43 +385,52 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
 
 
 def judge(calls: Sequence) -> Iterator:
-    """The first thing that is wrong, with a next step, of what look, or Watch, has seen so far; or
-    the phase, where it is a plateau's, or new."""
+    """What is wrong, with a next step, of what look, or Watch, has seen so far, the first cause
+    first; or else the phase, where it is a plateau's, or new."""
     last, later = calls[-1], calls[1:]
     loss, (uniform, constant), phase = last['loss'], last['lines'], last['phase']
+    stuck = phase in PLATEAUS
     where = (f'the loss is {loss:.2f} nats a label, that of a uniform output {uniform:.2f}, of the '
              f'best constant one {constant:.2f}')
-    wrong = list(judge_watched(calls))
     if loss > (1.2 if later else 10) * uniform:
         yield f'diverged: {where}; lower the learning rate, clip gradients, and start again'
-    elif wrong:
-        yield wrong[0]
-    elif phase not in PLATEAUS and 4 <= last['ends'] < len(last['lengths']):
-        yield (f'every input length is the padded one: the last outputs of {last["ends"]} clips of '
-               f'{len(last["lengths"])} are alike; give each clip its own length')
-    elif phase in PLATEAUS and last['apart'] < 2e-6:
+    yield from judge_parts(calls)
+    if last.get('mixed', 0) > 0.01:
+        yield (f'clips mix: {last["mixed"]:.0%} of the gradient of the first one\'s outputs lies '
+               'in the inputs of others; look for a reshape or view in place of a transpose, and '
+               'for layers that take the batch for time (batch_first)')
+    if not stuck and last['eval_loss'] > 1.5 * loss + 0.1:
+        yield ('training and eval mode differ: the loss of this batch is {loss:.3f} and '
+               "{eval_loss:.3f}; batch norm's running statistics are not those of its batches, so "
+               'give them a larger momentum, or make more updates').format(**last)
+    if sum(0.98 < call['spread'] < 1.001 for call in later[-2:]) == 2:
+        yield ('no output has log-probabilities that differ by more than 1, as where softmax comes '
+               'before log_softmax; take log_softmax of the logits alone')
+    if len(later) > 3:
+        yield from judge_texts(later)
+    if not stuck and 4 <= last['ends'] < len(last['lengths']):
+        yield ('every input length is the padded one: the last outputs of {ends} clips are alike; '
+               'give each clip its own length').format(**last)
+    if stuck and last['apart'] < 2e-6:
         yield (f'every utterance gets the same outputs; {where}; see whether the input reaches the '
                'network: values that are all zero, a layer that is dead or cut off')
-    elif not later and loss > constant and last['sound'] > 0.5:
+    if not later and loss > constant and last['sound'] > 0.5:
         yield (f'the output depends on the input, and yet {where}; check that each text belongs '
                "to its input, and that blank and alphabet are the network's own")
-    elif any(call['phase'] in PLATEAUS for call in calls[-2:]):
-        advice = PLATEAUS.get(phase, 'the plateau is left')
-        yield f'phase {phase}: {where}; {advice}'
+    if any(call['phase'] in PLATEAUS for call in calls[-2:]):
+        yield f'phase {phase}: {where}; {PLATEAUS.get(phase, "the plateau is left")}'
 
 
-def judge_watched(calls: Sequence) -> Iterator:
-    """What is wrong, of what Watch has seen: with the network's parts, then, after its first call,
-    with outputs and transcripts."""
-    last, later = calls[-1], calls[1:]
-    stuck = last['phase'] in PLATEAUS
+def judge_parts(calls: Sequence) -> Iterator:
+    """What is wrong with the network's parts, of what Watch has seen."""
+    last = calls[-1]
     norms = last.get('gradients', {})
-    faint = 1e-3 * max(norms.values(), default=0)
-    before = calls[-2]['weights'] if later else {}
+    faint = 1e-3 * math.hypot(*norms.values())
+    before = calls[-2]['weights'] if calls[1:] else {}
     unreached = [f'{part} ({norm:.0e})' for part, norm in norms.items()
-                 if norm == 0 or stuck and norm < faint < math.inf]  # GradScaler: inf
+                 if norm == 0 or last['phase'] in PLATEAUS and norm < faint < math.inf]
     unmoved = [part for part in norms if before.get(part) == last['weights'][part]]
-    if unreached:
+    if unreached:  # the gradients of a GradScaler may be infinite
         yield (f'the gradient does not reach {", ".join(unreached)}; look above for detach(), '
                'no_grad(), a dead layer or very small weights; if it did at first, lower the '
                'learning rate, and start again; if no part has one, call Watch after backward() '
@@ -426,34 +438,24 @@ def judge_watched(calls: Sequence) -> Iterator:
     if unmoved:
         yield (f'the weights of {", ".join(unmoved)} have not changed since the last call; give '
                'their parameters to the optimizer, and see that it steps')
-    if last.get('mixed', 0) > 0.01:
-        yield (f'clips mix: {last["mixed"]:.0%} of the gradient of the first one\'s outputs lies '
-               'in the inputs of others; look for a reshape or view in place of a transpose, and '
-               'for layers that take the batch for time (batch_first)')
-    if not stuck and last['eval_loss'] > 1.5 * last['loss'] + 0.1:
-        yield ('training and eval mode differ: the loss of this batch is {loss:.3f} and '
-               "{eval_loss:.3f}; batch norm's running statistics are not those of its batches, so "
-               'give them a larger momentum, or make more updates').format(**last)
-    if len(later) > 1 and all(0.98 < call['spread'] < 1.001 for call in later[-2:]):
-        yield ('no output has log-probabilities that differ by more than 1, as where softmax comes '
-               'before log_softmax; take log_softmax of the logits alone')
-    if len(later) < 4:
-        return
-    far = fmean(call['far'] for call in later)
-    if far > 0.1 and max(call['median'] for call in later) < 0.5:
+
+
+def judge_texts(calls: Sequence) -> Iterator:
+    """What is wrong with transcripts, of what Watch has seen in several batches."""
+    far = fmean(call['far'] for call in calls)
+    if far > 0.1:
         yield (f'{far:.0%} of the utterances are not learnt at all, the others are; see whether '
                'those transcripts belong to other recordings')
-    if all(call['phase'] in PLATEAUS for call in later):
-        yield from unrelated_lengths(list(itertools.chain(*(call['lengths'] for call in later))))
+    if all(call['phase'] in PLATEAUS for call in calls):
+        yield from unrelated_lengths(*zip(*sum((call['lengths'] for call in calls), [])))
 
 
-def unrelated_lengths(pairs: Sequence) -> Iterator:
+def unrelated_lengths(recordings: Sequence, texts: Sequence) -> Iterator:
     """What is wrong where the lengths of recordings and of their transcripts hardly correlate;
     fewer than 64, or nearly equal ones, say nothing."""
-    lengths = list(zip(*pairs))
-    if len(pairs) < 64 or any(stdev(own) < 0.1 * fmean(own) for own in lengths):
+    if len(texts) < 64 or any(stdev(own) < 0.1 * fmean(own) for own in (recordings, texts)):
         return
-    related = correlation(*lengths)
+    related = correlation(recordings, texts)
     if related < 0.25:
         yield ('recordings and transcripts do not belong together: their lengths have a '
                f'correlation of {related:.2f}, in speech it is above 0.5; listen to five '
@@ -502,7 +504,7 @@ class Watch:
                 'weights': {name: sum(p.double().norm().item() for p in child.parameters())
                             for name, child in children}}
             self.calls = [*self.calls, call][-10:]
-            findings = list(judge(self.calls))
+            findings = list(judge(self.calls))[:1]
         clear_status()
         for finding in findings:
             print('    >', finding)
@@ -510,15 +512,15 @@ class Watch:
         return findings
 
     def pass_in_eval_mode(self, sound: Tensor, *others: object) -> tuple:
-        """log_probs (T, B, V) in eval mode, and which share of the gradient of the first clip's lies
-        in the other clips' inputs: none, but where clips mix."""
+        """log_probs (T, B, V) in eval mode, and which share of the gradient of the first clip's
+        lies in the other clips' inputs: none, but where clips mix."""
         sound = sound.detach().float().requires_grad_()
-        with in_eval_mode(self.network):
+        with in_eval_mode(self.network), torch.enable_grad():
             log_probs = self.forward(sound.clone(), *others).float().cpu()
             log_probs = log_probs.movedim(self.batch_dim, 1)                       # (T, B, V)
             # The blank's, as all symbols together have no gradient where they are equally likely.
-            heard = log_probs[:, 0, self.blank].sum() + 0 * sound.sum()
-            gradient, = torch.autograd.grad(heard, sound)
+            heard = log_probs[:, 0, self.blank].sum()
+            gradient, = torch.autograd.grad(heard, sound, materialize_grads=True)
         size = gradient.abs() / gradient.abs().sum()
         batch = log_probs.shape[1]
         owns = [size.select(dim, 0).sum() for dim, n in enumerate(size.shape) if n == batch]
@@ -556,7 +558,7 @@ def legend(lines: tuple) -> str:
             'blank, _ a space')
 
 
-def epoch_line(record: Mapping) -> str:
+def epoch_line(record: dict) -> str:
     """An epoch's record of the log -> a line."""
     words = 'epoch {epoch:3d}  {seconds:4.0f} s  loss {train_loss:.3f}'
     if 'wer' in record:
@@ -565,7 +567,7 @@ def epoch_line(record: Mapping) -> str:
     return words.format(**record)
 
 
-def print_scores(results: Mapping) -> None:
+def print_scores(results: dict) -> None:
     """Print {what was scored: error rates}, with what they are made of."""
     words = ('WER {wer:.2f} % ({substitutions} S, {insertions} I, {deletions} D in {words} words '
              'of {utterances} utterances; 95 %: {interval[0]:.1f} to {interval[1]:.1f}), '
@@ -587,7 +589,7 @@ def read_run(folder: str | Path) -> dict:
         return Path(folder, name).read_text(encoding='utf-8')
 
     with error_at(folder):
-        run = {'name': str(folder), 'config': json.loads(read('config.json')),
+        run = {'name': folder, 'config': json.loads(read('config.json')),
                'log': list(map(json.loads, read('log.jsonl').splitlines())),
                'results': {}, 'sentences': []}
         if Path(folder, 'results.json').exists():
@@ -600,33 +602,30 @@ def read_run(folder: str | Path) -> dict:
     return run
 
 
-def judged_by(record: Mapping) -> float:
+def judged_by(record: dict) -> float:
     """The loss of an epoch, by validation where there is some."""
     return record.get('valid_loss', record['train_loss'])
 
 
-def best_epoch(log: Sequence) -> Mapping:
+def best_epoch(log: Sequence) -> dict:
     """The record of the lowest validation WER; of equal ones that of the lowest CER, of those the
     last; without validation the last. best.pt holds it."""
     return min(reversed(log), key=lambda record: (record.get('wer', 0), record.get('cer', 0)))
 
 
-def print_run(run: Mapping) -> None:
+def print_run(run: dict) -> None:
     """Print a run by epochs, its phase, why, what to try, and its scores."""
-    log, config = run['log'], run['config']
+    log = run['log']
     print(run['name'], *map(epoch_line, log), sep='\n')
     if log:
-        last = log[-1]
+        last, config = log[-1], run['config']
         way = plateau_fraction(judged_by(last),
                                config['valid_plateaus' if 'valid_loss' in last else 'plateaus'])
         print(('phase: {phase}; the loss has come {way:.0%} of the way from the uniform to the '
                'constant line, the entropy is {entropy:.0%} of the largest, the sound decides '
                '{sound:.0%} of the output').format(way=way, **last))
         print('update', LEFT.format(**last))
-        if 'wer' in last:
-            best = best_epoch([*config['start'], *log])
-            print('best epoch {epoch} of {}: WER {wer:.2f} %, CER {cer:.2f} %'
-                  .format(len(log), **best))
+        print('best epoch', best_epoch([*config['start'], *log])['epoch'], 'of', len(log))
         print('how to go on:', next_step(log))
     print_scores(run['results'])
 
@@ -703,11 +702,6 @@ def print_comparison(runs: Sequence) -> None:
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-# Colours that colour-blind readers tell apart (Okabe & Ito 2008).
-PHASE_COLOURS = {'uniform': '#999999', 'constant': '#E69F00', 'learning': '#56B4E9',
-                 'learnt': '#009E73'}
-
-
 def load_pyplot() -> object:
     """matplotlib.pyplot, which draws into files only. Raises UserError where it is missing."""
     with error_at('matplotlib is needed (python -m pip install matplotlib)'):
@@ -719,22 +713,19 @@ def load_pyplot() -> object:
 
 
 def plot_runs(runs: Sequence, path: str) -> None:
-    """Draw runs on the same axes: losses, with phases as dots and both plateaus, WER, gradient
-    norms by part, and what each heard of the longest sentence. Raises OSError, ValueError."""
-    if not all(run['log'] for run in runs):
-        raise ValueError('a run has no epochs to draw')
+    """Draw runs on the same axes: losses, with both plateaus and the limits of the phases, WER,
+    gradient norms by part, and what each heard of the longest sentence. Raises OSError, ValueError.
+    """
     figure, panels = load_pyplot().subplots(1, 3, figsize=(15, 5), layout='constrained')
     losses = panels[0]
-    for phase, colour in PHASE_COLOURS.items():
-        losses.scatter([], [], color=colour, label=f'phase: {phase}')
-    for loss, name in zip(runs[0]['config']['plateaus'], PLATEAUS):
+    plateaus = runs[0]['config']['plateaus']
+    for loss, name in zip(plateaus, PLATEAUS):
         losses.axhline(loss, color='0.5', label=f'{name} output: {loss:.2f}')
+    for phase, limit in phase_limits(plateaus).items():
+        losses.axhline(limit, color='0.8', label=f'phase: {phase} above {limit:.2f}')
     lines = []
     for i, run in enumerate(runs):
         log = run['log']
-        for record in log:
-            losses.scatter(record['epoch'], judged_by(record), zorder=3,
-                           color=PHASE_COLOURS[record['phase']])
         for axes, word, label, scale in zip(
                 panels, ['loss', 'wer', 'gradient.'],
                 ['CTC loss, nats per label', 'validation WER, %', 'gradient norm, nats per label'],
@@ -813,50 +804,45 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable:
 
 # ---- python monitor.py ---------------------------------------------------------------------------
 
-def typical_lines(outputs: float, labels: float, vocab_size: float, equal: bool) -> tuple:
-    """Both plateau lines of texts of so many labels, in the mean, in so many outputs, without a
-    corpus.
+def typical_texts(labels: float, vocab_size: int, equal: bool) -> tuple:
+    """50 texts of so many labels, in the mean, for plateau lines without a corpus.
 
     Each symbol is 0.87 times as frequent as the one before: 27 of them have an entropy of 2.86
     nats, English letters and the space 2.85 (Norvig 2013, "English letter frequency counts:
-    Mayzner revisited"). equal: all are equally frequent, as on number plates. Raises ValueError
-    where the labels do not fit the outputs.
+    Mayzner revisited"). equal: all are equally frequent, as on number plates.
     """
-    frequency = (1.0 if equal else 0.87) ** torch.arange(int(vocab_size) - 1)
+    frequency = (1.0 if equal else 0.87) ** torch.arange(vocab_size - 1)
     sizes = [int(labels + i / 50) for i in range(50)]
     draws = torch.multinomial(frequency, sum(sizes), replacement=True,
                               generator=torch.Generator().manual_seed(0))
-    targets = [text.tolist() for text in (draws + 1).split(sizes)]
-    lines = plateau_lines(targets, [outputs] * 50, int(vocab_size))
-    if math.isnan(lines[0]):
-        raise ValueError(f'{labels:g} labels with their repeats do not fit {outputs:g} outputs')
-    return lines
+    return (draws + 1).split(sizes)
 
 
 def read_losses(path: str) -> list:
     """The losses of a log, one a line: the number behind "loss", as in JSON or in words, or in a
-    table's column whose name has "loss" in it, or else the last one. Raises UserError."""
+    table's column whose name has "loss" in it, or else the last one. Raises OSError, ValueError."""
     losses, column = [], -1
-    with error_at(path):
-        for line in Path(path).read_text(encoding='utf-8-sig').lower().splitlines():
-            cells = re.split('[,;\t]' if re.search('[,;\t]', line) else r'\s+', line.strip(' '))
-            named = re.search(r'loss\W+?(-?(?:\d*\.?\d+(?:e[+-]?\d+)?|nan\b|inf\b))', line)
-            if named:
-                losses.append(float(named[1]))
-            elif 'loss' in line:
-                column = ['loss' in cell for cell in cells].index(True)
-            elif line.strip():
-                losses.append(float(cells[column]))
-        if not losses:
-            raise ValueError('it holds no losses')
+    for line in Path(path).read_text(encoding='utf-8-sig').lower().splitlines():
+        cells = re.split('[,;\t]' if re.search('[,;\t]', line) else r'\s+', line.strip(' '))
+        named = re.search(r'loss\W+?(-?(?:\d*\.?\d+(?:e[+-]?\d+)?|nan\b|inf\b))', line)
+        if named:
+            losses.append(float(named[1]))
+        elif 'loss' in line:
+            column = ['loss' in cell for cell in cells].index(True)
+        elif line.strip():
+            losses.append(float(cells[column]))
+    if not losses:
+        raise ValueError('it holds no losses')
     return losses
 
 
 def print_lines(args: argparse.Namespace) -> None:
-    """Print both plateau lines, and where the losses of a log lie. Raises UserError."""
-    outputs, labels, vocab_size = args.lines
-    with error_at('--lines'):
-        lines = typical_lines(outputs, labels, vocab_size, args.equal)
+    """Print both plateau lines, and where the losses of a log lie. Raises OSError, ValueError."""
+    outputs, labels, symbols = args.lines
+    texts = typical_texts(labels, int(symbols), args.equal)
+    lines = plateau_lines(texts, [outputs] * len(texts), int(symbols))
+    if math.isnan(lines[0]):
+        raise ValueError(f'{labels:g} labels with their repeats do not fit {outputs:g} outputs')
     scale = args.sum_over * labels or 1  # labels that a loss is the sum of
     unit = f'summed over {args.sum_over} texts' if args.sum_over else 'a label'
     uniform, constant = (scale * line for line in lines)
@@ -872,7 +858,7 @@ def print_lines(args: argparse.Namespace) -> None:
         print('loss', LEFT.format(**plateaus_left(losses, lines, window)))
 
 
-def main(argv: Sequence | None = None) -> None:
+def main(argv: Sequence = None) -> None:
     parser = argparse.ArgumentParser(
         description='Read a run: a table by epoch, its phase, how to go on. Or compare several: '
                     'settings that differ, scores, their spread; for two, a paired bootstrap.')
@@ -880,27 +866,28 @@ def main(argv: Sequence | None = None) -> None:
     add('run', nargs='*', help='run folder of train.py')
     add('--plot',
         help='draw the runs into a .png, .svg or .pdf file; needs matplotlib')
-    add('--lines', nargs=3, type=number(float, 1, 10_000), metavar=('T', 'L', 'V'),
+    add('--lines', nargs=3, type=float, metavar=('T', 'L', 'V'),
         help='the plateau lines of T outputs, L labels, V symbols with the blank')
     add('--equal', action='store_true',
         help='of symbols that are equally frequent, as in captchas and word pieces')
     add('--losses',
         help="anybody's log (numbers, a table or JSON lines): where its losses lie to --lines")
-    add('--sum_over', type=number(int, 0), default=0,
+    add('--sum_over', type=int, default=0,
         help='the losses are sums over so many texts; 0: nats per label, as F.ctc_loss gives them')
     args = parser.parse_args(argv)
     if not args.run and not args.lines:
         parser.error('name run folders of train.py, or give --lines T L V')
     with one_line_ends('monitor.py'):
         if args.lines:
-            print_lines(args)
+            with error_at('--lines, --losses'):
+                print_lines(args)
         runs = list(map(read_run, args.run))
         if len(runs) > 1:
             print_comparison(runs)
         elif runs:
-            print_run(runs[0])
+            print_run(*runs)
         if args.plot:
-            with error_at(f'--plot {args.plot}'):
+            with error_at(f'--plot {args.plot}, of runs that have an epoch'):
                 plot_runs(runs, args.plot)
 
 

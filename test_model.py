@@ -286,8 +286,8 @@ def test_losses_of_any_log_are_held_against_the_lines(log, tmp_path, printed):
 
 
 @cases('command,message', [
-    ('--lines 10 12 28', '--lines: cannot be used (12 labels with their repeats do not fit 10'),
-    ('--lines 250 12 28 --losses log', 'log: cannot be used (could not convert string'),
+    ('--lines 10 12 28', '--losses: cannot be used (12 labels with their repeats do not fit 10'),
+    ('--lines 250 12 28 --losses log', '--losses: cannot be used (could not convert string'),
     ('no', 'no: cannot be used ([Errno 2]'),
 ])
 def test_what_monitor_cannot_use_is_a_line(command, message, tmp_path, monkeypatch):
@@ -687,7 +687,7 @@ def test_watch_leaves_all_as_it_was():
 def test_a_run_describes_itself(whole, printed):
     monitor.main([str(whole)])
     out = printed()
-    for words in (*map(monitor.epoch_line, read_log(whole)), 'best epoch 4 of 4: ',
+    for words in (*map(monitor.epoch_line, read_log(whole)), 'best epoch 4 of 4',
                   'how to go on: ', 'valid, beam search: WER '):
         assert f'\n{words}' in out
 
@@ -732,7 +732,7 @@ def test_runs_are_drawn(tmp_path, monkeypatch):
     picture = tmp_path / 'p.svg'
     drawing = [fake_run(tmp_path / 'a $1 run'), fake_run(tmp_path / 'b'), '--plot', str(picture)]
     monitor.main(drawing)
-    for text in 'constant output', 'phase: learnt', 'gradient.head, ', 'a $1 run', 'go right now':
+    for text in 'constant output', 'phase: ', 'gradient.head, ', 'a $1 run', 'go right now':
         assert text in picture.read_text()
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     assert 'pip install matplotlib' in exit_code(monitor.main, *drawing)
