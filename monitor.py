@@ -120,8 +120,8 @@ def phase_limits(lines: tuple) -> dict:
 def name_phase(loss: float, lines: tuple) -> str:
     """Where a network stands by its loss, in nats per label, and the lines of the same utterances.
     """
-    limits = phase_limits(lines).items()
-    return next((phase for phase, limit in limits if not loss <= limit), 'learnt')
+    return next((phase for phase, limit in phase_limits(lines).items() if not loss <= limit),
+                'learnt')
 
 
 def plateaus_left(losses: Sequence, lines: tuple,
@@ -278,7 +278,7 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
     if any((x != x.long().abs()).any() for x in (input_lengths, target_lengths)):
         return ('lengths are not whole numbers from 0; where they are shares of the longest, '
                 'multiply them by its number of outputs, and round')
-    batch, shape = target_lengths.numel(), tuple(log_probs.shape)
+    batch, shape = len(target_lengths), tuple(log_probs.shape)
     if len(shape) != 3 or shape[1] != batch or 0 in shape:
         advice = ('see which dimension is the batch; where parts of it are joined along time, as '
                   'DataParallel does, let the network return (B, T, V), and transpose then')
@@ -291,8 +291,8 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
         return f'log_probs has the shape {shape}, not (T, {batch}, V) as target_lengths; {advice}'
     longest = target_lengths.max()
     padded = targets.dim() == 2 and len(targets) == batch and targets.shape[1] >= longest
-    if input_lengths.numel() != batch or not padded and targets.shape != (target_lengths.sum(),):
-        return (f'{input_lengths.numel()} input lengths and {batch} target lengths of up to '
+    if len(input_lengths) != batch or not padded and targets.shape != (target_lengths.sum(),):
+        return (f'{len(input_lengths)} input lengths and {batch} target lengths of up to '
                 f'{longest:g} labels come with targets of the shape {tuple(targets.shape)}; give '
                 'one of each for every utterance, and targets as (B, S), or all labels in one line')
     return None
@@ -407,7 +407,12 @@ def judge(calls: Sequence) -> Iterator:
         yield ('no output has log-probabilities that differ by more than 1, as where softmax comes '
                'before log_softmax; take log_softmax of the logits alone')
     if len(later) > 3:
-        yield from judge_texts(later)
+        far = fmean(call['far'] for call in later)
+        if far > 0.1:
+            yield (f'{far:.0%} of the utterances are not learnt at all, the others are; see '
+                   'whether those transcripts belong to other recordings')
+        if all(call['phase'] in PLATEAUS for call in later):
+            yield from unrelated_lengths(*zip(*sum((call['lengths'] for call in later), [])))
     if not stuck and 4 <= last['ends'] < len(last['lengths']):
         yield ('every input length is the padded one: the last outputs of {ends} clips are alike; '
                'give each clip its own length').format(**last)
@@ -426,10 +431,10 @@ def judge_parts(calls: Sequence) -> Iterator:
     last = calls[-1]
     norms = last.get('gradients', {})
     faint = 1e-3 * math.hypot(*norms.values())
-    before = calls[-2]['weights'] if calls[1:] else {}
     unreached = [f'{part} ({norm:.0e})' for part, norm in norms.items()
                  if norm == 0 or last['phase'] in PLATEAUS and norm < faint < math.inf]
-    unmoved = [part for part in norms if before.get(part) == last['weights'][part]]
+    unmoved = [part for part in norms if any(call['weights'][part] == last['weights'][part]
+                                             for call in calls[-2:-1])]
     if unreached:  # the gradients of a GradScaler may be infinite
         yield (f'the gradient does not reach {", ".join(unreached)}; look above for detach(), '
                'no_grad(), a dead layer or very small weights; if it did at first, lower the '
@@ -438,16 +443,6 @@ def judge_parts(calls: Sequence) -> Iterator:
     if unmoved:
         yield (f'the weights of {", ".join(unmoved)} have not changed since the last call; give '
                'their parameters to the optimizer, and see that it steps')
-
-
-def judge_texts(calls: Sequence) -> Iterator:
-    """What is wrong with transcripts, of what Watch has seen in several batches."""
-    far = fmean(call['far'] for call in calls)
-    if far > 0.1:
-        yield (f'{far:.0%} of the utterances are not learnt at all, the others are; see whether '
-               'those transcripts belong to other recordings')
-    if all(call['phase'] in PLATEAUS for call in calls):
-        yield from unrelated_lengths(*zip(*sum((call['lengths'] for call in calls), [])))
 
 
 def unrelated_lengths(recordings: Sequence, texts: Sequence) -> Iterator:
@@ -477,7 +472,7 @@ class Watch:
     they are: training ends in the same bits with it and without.
     """
 
-    def __init__(self, network: nn.Module, forward: Callable | None = None,
+    def __init__(self, network: nn.Module, forward: Callable = None,
                  blank: int = 0, batch_first: bool = False):
         self.network = getattr(network, 'module', network)
         self.forward = forward or self.network
@@ -493,16 +488,15 @@ class Watch:
         findings, batch = read_batch(self.blank, log_probs.movedim(self.batch_dim, 1), targets,
                                      input_lengths, target_lengths)
         if not findings:
-            children = list(self.network.named_children())
             norms = gradient_norms(self.network)
             in_eval, mixed = self.pass_in_eval_mode(sound, *others)
             call = look(*batch, self.blank, in_eval) | {
-                'mixed': mixed,
-                'gradients': {name: float(norms[f'gradient.{name}'])
-                              for name, child in children
-                              if any(p.requires_grad for p in child.parameters())},
-                'weights': {name: sum(p.double().norm().item() for p in child.parameters())
-                            for name, child in children}}
+                'mixed': mixed, 'gradients': {}, 'weights': {}}
+            for name, child in self.network.named_children():
+                trained = [p for p in child.parameters() if p.requires_grad]
+                if trained:
+                    call['gradients'][name] = float(norms[f'gradient.{name}'])
+                    call['weights'][name] = sum(p.double().norm().item() for p in trained)
             self.calls = [*self.calls, call][-10:]
             findings = list(judge(self.calls))[:1]
         clear_status()
@@ -519,11 +513,11 @@ class Watch:
             log_probs = self.forward(sound.clone(), *others).float().cpu()
             log_probs = log_probs.movedim(self.batch_dim, 1)                       # (T, B, V)
             # The blank's, as all symbols together have no gradient where they are equally likely.
-            heard = log_probs[:, 0, self.blank].sum()
-            gradient, = torch.autograd.grad(heard, sound, materialize_grads=True)
+            gradient, = torch.autograd.grad(log_probs[:, 0, self.blank].sum(), sound,
+                                            materialize_grads=True)
         size = gradient.abs() / gradient.abs().sum()
-        batch = log_probs.shape[1]
-        owns = [size.select(dim, 0).sum() for dim, n in enumerate(size.shape) if n == batch]
+        owns = [size.select(dim, 0).sum() for dim, n in enumerate(size.shape)
+                if n == log_probs.shape[1]]
         return log_probs.detach(), 1 - float(max(owns, default=1))
 
 
@@ -596,15 +590,9 @@ def read_run(folder: str | Path) -> dict:
             run['results'] = json.loads(read('results.json'))
         for split in 'valid', 'test':
             if split in run['results']:
-                lines = read(f'{split}.tsv').split('\n')
-                run['sentences'] = list(csv.DictReader(lines, delimiter='\t',
-                                                       quoting=csv.QUOTE_NONE))
+                run['sentences'] = list(csv.DictReader(
+                    read(f'{split}.tsv').split('\n'), delimiter='\t', quoting=csv.QUOTE_NONE))
     return run
-
-
-def judged_by(record: dict) -> float:
-    """The loss of an epoch, by validation where there is some."""
-    return record.get('valid_loss', record['train_loss'])
 
 
 def best_epoch(log: Sequence) -> dict:
@@ -616,16 +604,14 @@ def best_epoch(log: Sequence) -> dict:
 def print_run(run: dict) -> None:
     """Print a run by epochs, its phase, why, what to try, and its scores."""
     log = run['log']
-    print(run['name'], *map(epoch_line, log), sep='\n')
+    print(run['name'])
     if log:
-        last, config = log[-1], run['config']
-        way = plateau_fraction(judged_by(last),
-                               config['valid_plateaus' if 'valid_loss' in last else 'plateaus'])
-        print(('phase: {phase}; the loss has come {way:.0%} of the way from the uniform to the '
-               'constant line, the entropy is {entropy:.0%} of the largest, the sound decides '
-               '{sound:.0%} of the output').format(way=way, **last))
+        last = log[-1]
+        print(legend(run['config']['plateaus']), *map(epoch_line, log), sep='\n')
+        print(('phase: {phase}; the entropy of the outputs is {entropy:.0%} of the largest, the '
+               'sound decides {sound:.0%} of them').format(**last))
         print('update', LEFT.format(**last))
-        print('best epoch', best_epoch([*config['start'], *log])['epoch'], 'of', len(log))
+        print('best epoch', best_epoch([*run['config']['start'], *log])['epoch'], 'of', len(log))
         print('how to go on:', next_step(log))
     print_scores(run['results'])
 
@@ -713,16 +699,13 @@ def load_pyplot() -> object:
 
 
 def plot_runs(runs: Sequence, path: str) -> None:
-    """Draw runs on the same axes: losses, with both plateaus and the limits of the phases, WER,
-    gradient norms by part, and what each heard of the longest sentence. Raises OSError, ValueError.
-    """
+    """Draw runs on the same axes: losses, with both plateaus and their phases, WER, gradient norms
+    by part, and what each heard of the last sentence. Raises OSError, ValueError."""
     figure, panels = load_pyplot().subplots(1, 3, figsize=(15, 5), layout='constrained')
-    losses = panels[0]
     plateaus = runs[0]['config']['plateaus']
-    for loss, name in zip(plateaus, PLATEAUS):
-        losses.axhline(loss, color='0.5', label=f'{name} output: {loss:.2f}')
-    for phase, limit in phase_limits(plateaus).items():
-        losses.axhline(limit, color='0.8', label=f'phase: {phase} above {limit:.2f}')
+    for name, loss, limit in zip(PLATEAUS, plateaus, phase_limits(plateaus).values()):
+        panels[0].axhline(loss, color='0.5',
+                          label=f'{name} output: {loss:.2f}; phase: {name} above {limit:.2f}')
     lines = []
     for i, run in enumerate(runs):
         log = run['log']
@@ -738,8 +721,8 @@ def plot_runs(runs: Sequence, path: str) -> None:
             axes.set(xlabel='epoch', ylabel=label, yscale=scale)
             axes.yaxis.set_major_formatter('{x:g}')
             axes.yaxis.set_minor_formatter('')
-        for longest in sorted(run['sentences'], key=lambda row: len(row['said']))[-1:]:
-            lines.append('said: {said}   heard: {heard}   ({name})'.format(**longest, **run))
+        for row in run['sentences'][-1:]:
+            lines.append('said: {said}   heard: {heard}   ({name})'.format(**row, **run))
     figure.suptitle('\n'.join(lines), x=0, ha='left')
     figure.savefig(path)
 
@@ -840,7 +823,7 @@ def print_lines(args: argparse.Namespace) -> None:
     """Print both plateau lines, and where the losses of a log lie. Raises OSError, ValueError."""
     outputs, labels, symbols = args.lines
     texts = typical_texts(labels, int(symbols), args.equal)
-    lines = plateau_lines(texts, [outputs] * len(texts), int(symbols))
+    lines = plateau_lines(texts, [outputs] * 50, int(symbols))
     if math.isnan(lines[0]):
         raise ValueError(f'{labels:g} labels with their repeats do not fit {outputs:g} outputs')
     scale = args.sum_over * labels or 1  # labels that a loss is the sum of
@@ -861,7 +844,8 @@ def print_lines(args: argparse.Namespace) -> None:
 def main(argv: Sequence = None) -> None:
     parser = argparse.ArgumentParser(
         description='Read a run: a table by epoch, its phase, how to go on. Or compare several: '
-                    'settings that differ, scores, their spread; for two, a paired bootstrap.')
+                    'settings that differ, scores, their spread, a paired bootstrap against the '
+                    'first.')
     add = parser.add_argument
     add('run', nargs='*', help='run folder of train.py')
     add('--plot',
@@ -887,7 +871,7 @@ def main(argv: Sequence = None) -> None:
         elif runs:
             print_run(*runs)
         if args.plot:
-            with error_at(f'--plot {args.plot}, of runs that have an epoch'):
+            with error_at('--plot, of runs that have an epoch'):
                 plot_runs(runs, args.plot)
 
 
