@@ -144,12 +144,13 @@ def plateaus_left(losses: Sequence, lines: tuple,
 # ---- gradients and outputs -----------------------------------------------------------------------
 
 def gradient_norms(network: nn.Module) -> dict:
-    """The norm of the gradients of each of the network's children, 0 where it has none, and of
-    them together: {'gradient.NAME': ..., 'gradient': ...}."""
+    """The norm of the gradients of each of the network's children, and of them together:
+    {'gradient.NAME': ..., 'gradient': ...}."""
     norms = {}
     for name, child in network.named_children():
         gradients = [p.grad for p in child.parameters() if p.grad is not None]
-        norms[f'gradient.{name}'] = nn.utils.get_total_norm(gradients)
+        if gradients:
+            norms[f'gradient.{name}'] = nn.utils.get_total_norm(gradients)
     return norms | {'gradient': nn.utils.get_total_norm(norms.values())}
 
 
@@ -221,16 +222,17 @@ def error_rates(references: Sequence, hypotheses: Sequence) -> dict:
     said, heard = [list(map(words_of, texts)) for texts in (references, hypotheses)]
     edits = torch.tensor(list(map(edit_counts, said, heard)))                       # (N, 2)
     words = list(map(len, said))
+    total = sum(words)
     errors, substitutions = edits.sum(0).tolist()
-    longer = sum(map(len, heard)) - sum(words)  # insertions less deletions
+    longer = sum(map(len, heard)) - total  # insertions less deletions
     insertions = (errors - substitutions + longer) // 2
     character_errors = sum(edit_counts(*pair)[0] for pair in zip(references, hypotheses))
-    return {'wer': 100 * errors / sum(words),
+    return {'wer': 100 * errors / total,
             'interval': bootstrap_interval(edits[:, 0], torch.tensor(words)),
             'cer': 100 * character_errors / sum(map(len, references)),
             'ser': 100 * fmean(edits[:, 0] > 0),
             'substitutions': substitutions, 'insertions': insertions,
-            'deletions': insertions - longer, 'words': sum(words), 'utterances': len(references)}
+            'deletions': insertions - longer, 'words': total, 'utterances': len(references)}
 
 
 # ---- a batch of anybody's network ----------------------------------------------------------------
@@ -495,7 +497,7 @@ class Watch:
             for name, child in self.network.named_children():
                 trained = [p for p in child.parameters() if p.requires_grad]
                 if trained:
-                    call['gradients'][name] = float(norms[f'gradient.{name}'])
+                    call['gradients'][name] = float(norms.get(f'gradient.{name}', 0))
                     call['weights'][name] = sum(p.double().norm().item() for p in trained)
             self.calls = [*self.calls, call][-10:]
             findings = list(judge(self.calls))[:1]
@@ -680,10 +682,11 @@ def print_comparison(runs: Sequence) -> None:
         for name, group in groups.items():
             wers = (100 * group.sum(1) / words.sum()).tolist()
             spread = f'{stdev(wers):.2f}' if len(wers) > 1 else '    '
-            print(*(f'{wer:6.2f}' for wer in wers),
+            mean = group.mean(0)
+            print(*map('{:6.2f}'.format, wers),
                   '  {:6.2f}  {}  {:.1f} to {:.1f}  {:+.2f} to {:+.2f}  {}'.format(
-                      fmean(wers), spread, *bootstrap_interval(group.mean(0), words),
-                      *bootstrap_interval(group.mean(0) - first, words), name))
+                      fmean(wers), spread, *bootstrap_interval(mean, words),
+                      *bootstrap_interval(mean - first, words), name))
 
 
 # ---- pictures ------------------------------------------------------------------------------------
