@@ -387,8 +387,8 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
 
 
 def judge(calls: Sequence) -> Iterator:
-    """What is wrong, with a next step, of what look, or Watch, has seen so far, the first cause
-    first; or else the phase, where it is a plateau's, or new."""
+    """What is wrong, with a next step, by what look, or Watch, has seen so far: causes come before
+    what they cause, and last the phase, where it is a plateau's, or new. The first line is told."""
     last, later = calls[-1], calls[1:]
     loss, (uniform, constant), phase = last['loss'], last['lines'], last['phase']
     stuck = phase in PLATEAUS
@@ -433,11 +433,12 @@ def judge_parts(calls: Sequence) -> Iterator:
     last = calls[-1]
     norms = last.get('gradients', {})
     faint = 1e-3 * math.hypot(*norms.values())
+    # Gradients that a GradScaler has scaled may be infinite.
     unreached = [f'{part} ({norm:.0e})' for part, norm in norms.items()
                  if norm == 0 or last['phase'] in PLATEAUS and norm < faint < math.inf]
     unmoved = [part for part in norms if any(call['weights'][part] == last['weights'][part]
                                              for call in calls[-2:-1])]
-    if unreached:  # the gradients of a GradScaler may be infinite
+    if unreached:
         yield (f'the gradient does not reach {", ".join(unreached)}; look above for detach(), '
                'no_grad(), a dead layer or very small weights; if it did at first, lower the '
                'learning rate, and start again; if no part has one, call Watch after backward() '
