@@ -645,7 +645,8 @@ def describe_corpus(splits: Splits, frames_per_output: int, known: Sequence) -> 
           'are; remove what is not said, and write numbers as they are said)\n'
           f'outputs     {sum(u.frames for u in train) / frames_per_output / counts.total():.1f} a '
           'label (under 2: fast speech, try a lower --frames_per_output)',
-          *monitor.unrelated_lengths([(u.duration, len(u.text)) for u in train]), sep='\n')
+          *monitor.unrelated_lengths([u.duration for u in train],
+                                     [len(u.text) for u in train]), sep='\n')
     known = [f'{u.text} {u.duration}' for u in train + valid + test]
     return {
         'alphabet': alphabet,

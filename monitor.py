@@ -23,13 +23,13 @@ References: Graves et al. 2006 (CTC); Levenshtein 1966 (edit distance); Bisani &
 (bootstrap).
 """
 import argparse
-import itertools
+import csv
 import json
 import math
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import correlation, fmean, stdev
@@ -38,17 +38,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PLATEAUS = ('uniform', 'constant')
-PHASES = {
+PLATEAUS = {  # and what helps where one stays
     'uniform': 'every network starts here; if it stays for hundreds of updates, see that no '
                'softmax comes before log_softmax, raise the learning rate, or initialise the head '
                'with larger weights',
     'constant': 'what the input tells is not used yet, as in every network for a while; if it '
                 'stays, compare five inputs with their texts, see whether ten can be learnt by '
                 'heart, and raise the learning rate',
-    'learning': 'the plateau is left',
-    'learnt': 'the plateau is left',
 }
+LEFT = ('at which the uniform plateau was left: {left_uniform}, the constant one: {left_constant} '
+        '(None: not yet)')
 
 
 # ---- the two plateaus ----------------------------------------------------------------------------
@@ -83,7 +82,7 @@ def plateau_lines(targets: Sequence, lengths: Sequence, vocab_size: int,
     most = max(len(text) for text, _ in possible)
     possible = possible[::len(possible) * longest * most // 20_000_000 + 1]
     texts, outputs = zip(*possible)
-    labels = torch.tensor(list(itertools.chain(*texts)))
+    labels = torch.cat([torch.as_tensor(text) for text in texts])
     share = 1 / fmean(length / len(text) for text, length in possible)
     frequent = share * torch.bincount(labels, minlength=vocab_size) / len(labels)
     frequent[blank] = 1 - share
@@ -105,8 +104,8 @@ def plateau_fraction(loss: float, lines: tuple) -> float:
     return (uniform - loss) / max(uniform - constant, 1e-9)  # they may be equal where V is 2
 
 
-def name_phase(loss: float, lines: tuple) -> str:
-    """Where a network stands by its loss, in nats per label, and the lines of the same utterances.
+def phase_limits(lines: tuple) -> dict:
+    """The losses above which a network is in a phase, by both lines, in nats per label.
 
     uniform    nearer to the uniform line than to the constant one, or above both
     constant   not a tenth below the constant line, as in blank collapse: what the network hears is
@@ -115,8 +114,14 @@ def name_phase(loss: float, lines: tuple) -> str:
     learnt     the loss is below a tenth of the constant line
     """
     _, constant = lines
-    limits = {'uniform': sum(lines) / 2, 'constant': 0.9 * constant, 'learning': 0.1 * constant}
-    return next((phase for phase, limit in limits.items() if not loss <= limit), 'learnt')
+    return {'uniform': sum(lines) / 2, 'constant': 0.9 * constant, 'learning': 0.1 * constant}
+
+
+def name_phase(loss: float, lines: tuple) -> str:
+    """Where a network stands by its loss, in nats per label, and the lines of the same utterances.
+    """
+    return next((phase for phase, limit in phase_limits(lines).items() if not loss <= limit),
+                'learnt')
 
 
 def plateaus_left(losses: Sequence, lines: tuple,
@@ -175,7 +180,7 @@ def output_figures(log_probs: Tensor, lengths: Tensor, blank: int = 0) -> dict:
 # ---- error rates ---------------------------------------------------------------------------------
 
 def edit_counts(reference: Sequence, hypothesis: Sequence) -> tuple:
-    """What turns a reference into a hypothesis: (errors, substitutions, insertions, deletions).
+    """What turns a reference into a hypothesis: (errors, and how many of them are substitutions).
 
     Of the alignments with the fewest errors (Levenshtein 1966), one with the fewest substitutions.
     """
@@ -186,21 +191,15 @@ def edit_counts(reference: Sequence, hypothesis: Sequence) -> tuple:
         for j, heard in enumerate(hypothesis):
             same = before[j] + (said != heard) * (error + 1)
             row.append(min(same, before[j + 1] + error, row[j] + error))
-    errors, substitutions = divmod(row[-1], error)
-    longer = len(hypothesis) - len(reference)  # insertions less deletions
-    insertions = (errors - substitutions + longer) // 2
-    return errors, substitutions, insertions, insertions - longer
+    return divmod(row[-1], error)
 
 
-# Thai, Lao, Burmese, Khmer, kana, Chinese characters: of scripts without spaces.
+# The words of a text; in scripts that are written without spaces, each character is one: Thai, Lao,
+# Burmese, Khmer, kana, Chinese characters.
 UNSPACED = ('\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3040-\u30ff\u3400-\u9fff'
             '\U00020000-\U0003ffff')
 WORD = re.compile(rf'[{UNSPACED}]|[^\s{UNSPACED}]+')
-
-
-def words_of(text: str) -> list:
-    """The words of a text; in scripts that are written without spaces, each character is one."""
-    return WORD.findall(text)
+words_of = WORD.findall
 
 
 def bootstrap_interval(errors: Tensor, words: Tensor) -> list:
@@ -220,17 +219,20 @@ def error_rates(references: Sequence, hypotheses: Sequence) -> dict:
     (S + I + D) / reference length; errors are pooled over all utterances. Words are those of
     words_of. A sentence is wrong if a word of it is. There must be a word to score.
     """
-    said = list(map(words_of, references))
-    edits = torch.tensor(list(map(edit_counts, said, map(words_of, hypotheses))))   # (N, 4)
+    said, heard = [list(map(words_of, texts)) for texts in (references, hypotheses)]
+    edits = torch.tensor(list(map(edit_counts, said, heard)))                       # (N, 2)
     words = list(map(len, said))
-    errors, substitutions, insertions, deletions = edits.sum(0).tolist()
+    total = sum(words)
+    errors, substitutions = edits.sum(0).tolist()
+    longer = sum(map(len, heard)) - total  # insertions less deletions
+    insertions = (errors - substitutions + longer) // 2
     character_errors = sum(edit_counts(*pair)[0] for pair in zip(references, hypotheses))
-    return {'wer': 100 * errors / sum(words),
+    return {'wer': 100 * errors / total,
             'interval': bootstrap_interval(edits[:, 0], torch.tensor(words)),
             'cer': 100 * character_errors / sum(map(len, references)),
             'ser': 100 * fmean(edits[:, 0] > 0),
-            'substitutions': substitutions, 'insertions': insertions, 'deletions': deletions,
-            'words': sum(words), 'utterances': len(references)}
+            'substitutions': substitutions, 'insertions': insertions,
+            'deletions': insertions - longer, 'words': total, 'utterances': len(references)}
 
 
 # ---- a batch of anybody's network ----------------------------------------------------------------
@@ -246,7 +248,7 @@ def check_ctc(log_probs: Tensor, targets: Tensor, input_lengths: Tensor, target_
     """
     findings, batch = read_batch(blank, log_probs, targets, input_lengths, target_lengths)
     if not findings and not untrained:
-        findings = list(judge([look(*batch, blank)]))
+        findings = list(judge([look(*batch, blank, batch[0])]))[:1]
     return findings
 
 
@@ -267,13 +269,18 @@ def read_batch(blank: int, *tensors: Tensor) -> tuple:
             [log_probs, targets, lengths, sizes])
 
 
+def sums_to_one(probabilities: Tensor) -> bool:
+    """Whether most (B, V, ...) do, over V, as exactly as half precision has them."""
+    return (probabilities.sum(1) - 1).abs().median() < 0.07
+
+
 def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
                 target_lengths: Tensor) -> str | None:
     """What is wrong with the arguments' shapes and kinds of numbers."""
     if any((x != x.long().abs()).any() for x in (input_lengths, target_lengths)):
         return ('lengths are not whole numbers from 0; where they are shares of the longest, '
                 'multiply them by its number of outputs, and round')
-    batch, shape = target_lengths.numel(), tuple(log_probs.shape)
+    batch, shape = len(target_lengths), tuple(log_probs.shape)
     if len(shape) != 3 or shape[1] != batch or 0 in shape:
         advice = ('see which dimension is the batch; where parts of it are joined along time, as '
                   'DataParallel does, let the network return (B, T, V), and transpose then')
@@ -281,13 +288,13 @@ def wrong_shape(log_probs: Tensor, targets: Tensor, input_lengths: Tensor,
             advice = 'of one clip, take log_probs.unsqueeze(1)'
         elif shape[0] == batch:
             advice = 'it looks like (B, T, V), so take log_probs.transpose(0, 1)'
-            if (log_probs.exp().sum(1) - 1).abs().median() < 0.07:
+            if sums_to_one(log_probs.exp()):
                 advice = 'it looks like (B, V, T), so take log_probs.permute(2, 0, 1)'
         return f'log_probs has the shape {shape}, not (T, {batch}, V) as target_lengths; {advice}'
     longest = target_lengths.max()
     padded = targets.dim() == 2 and len(targets) == batch and targets.shape[1] >= longest
-    if input_lengths.numel() != batch or not padded and targets.shape != (target_lengths.sum(),):
-        return (f'{input_lengths.numel()} input lengths and {batch} target lengths of up to '
+    if len(input_lengths) != batch or not padded and targets.shape != (target_lengths.sum(),):
+        return (f'{len(input_lengths)} input lengths and {batch} target lengths of up to '
                 f'{longest:g} labels come with targets of the shape {tuple(targets.shape)}; give '
                 'one of each for every utterance, and targets as (B, S), or all labels in one line')
     return None
@@ -322,9 +329,6 @@ def wrong_labels(labels: Tensor, sizes: Tensor, last: int, blank: int) -> Iterat
 def wrong_outputs(log_probs: Tensor, labels: Tensor, lengths: Tensor,
                   sizes: Tensor) -> Iterator:
     """Outputs that are not logarithms of probabilities, or as many as cannot be right."""
-    def sums_to_one(probabilities):  # nearly all of them, as exactly as half precision has them
-        return ((probabilities.sum(1) - 1).abs() < 0.07).float().mean() > 0.5
-
     frames = len(log_probs)
     outputs = log_probs.transpose(0, 1)[valid_frames(frames, lengths)]             # (N, V)
     if not (outputs < math.inf).all():
@@ -336,82 +340,104 @@ def wrong_outputs(log_probs: Tensor, labels: Tensor, lengths: Tensor,
                'where softmax is over time or the batch, and a loss of it may be negative; take '
                'log_softmax over the last dimension')
     shortest, longest = lengths.aminmax()
-    needed = torch.tensor(list(map(outputs_needed, labels.split(sizes.tolist()))))
+    texts = labels.split(sizes.tolist())
+    missing = torch.tensor(list(map(outputs_needed, texts))) - lengths
     if shortest < 1 or longest > frames or 2 * longest <= frames - 8:  # one clip is not padded
         yield (f'input_lengths are {shortest} to {longest} of {frames} outputs; see whether they '
                "are divided by the network's stride, and not too often, or clips are padded too "
                'far')
-    elif (needed > lengths).any():
-        yield (f'{(needed > lengths).sum()} of {len(lengths)} utterances have fewer outputs than '
-               f'labels and repeats, by up to {(needed - lengths).max()}, so their loss is '
+    elif missing.max() > 0:
+        yield (f'{(missing > 0).sum()} of {len(lengths)} utterances have fewer outputs than '
+               f'labels and repeats, by up to {missing.max()}, so their loss is '
                'infinite; make more outputs a second, or leave them out')
 
 
-def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blank: int) -> dict:
+def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blank: int,
+         in_eval: Tensor) -> dict:
     """What a batch's outputs (T, B, V) have learnt, in plain numbers: output_figures, the phase and
     what it was judged by, and
 
-    median    loss of the utterances, as a share of the constant line
-    far       the share of the utterances whose loss is above it
-    lengths   of the utterances, in outputs and in labels
-    apart     the largest difference of log-probabilities between the shortest text's clip, which
-              has most padding, and another
-    ends      how many clips end as that one does, where all are as long as the batch
-    spread    ... of two symbols
+    far         the share of the utterances whose loss is above the constant line, where half of
+                them are below a half of it; else nan
+    lengths     of the utterances, in outputs and in labels
+
+    and, of the outputs in eval mode (T, B, V), which are not disturbed by drop-out,
+
+    eval_loss   their loss
+    apart       the largest difference of log-probabilities between the shortest text's clip, which
+                has most padding, and another
+    ends        how many clips end as that one does, where all are as long as the batch
+    spread      the largest difference between two symbols
     """
     texts = labels.split(sizes.tolist())
     lines = plateau_lines(texts, lengths, log_probs.shape[2], blank)
     losses = F.ctc_loss(log_probs, labels, lengths, sizes, blank, reduction='none') / sizes
     loss = fmean(losses)
-    shared = log_probs[:lengths.min()]
+    shared = in_eval[:lengths.min()]
     apart = (shared - shared[:, [sizes.argmin()]]).abs().amax(2)                   # (T, B)
     ends = int((apart[-3:].amax(0) < 0.05 * apart.amax()).sum())
     return output_figures(log_probs.transpose(0, 1), lengths, blank) | {
         'loss': loss, 'lines': lines, 'phase': name_phase(loss, lines),
-        'median': float(losses.quantile(0.5) / lines[1]),
-        'far': fmean(losses > lines[1]),
+        'far': fmean(losses > lines[1]) if losses.median() < lines[1] / 2 else math.nan,
         'lengths': torch.stack([lengths, sizes], 1).tolist(),
+        'eval_loss': float(F.ctc_loss(in_eval, labels, lengths, sizes, blank)),
         'apart': float(apart.amax()) if len(texts) > 1 else math.inf,
         'ends': ends if len(shared) == len(log_probs) else 0,
         'spread': float((shared.amax(2) - shared.amin(2)).max())}
 
 
 def judge(calls: Sequence) -> Iterator:
-    """The first thing that is wrong, with a next step, of what look, or Watch, has seen so far; or
-    the phase, where it is a plateau's, or new."""
+    """What is wrong, with a next step, by what look, or Watch, has seen so far: causes come before
+    what they cause, and last the phase, where it is a plateau's, or new. The first line is told."""
     last, later = calls[-1], calls[1:]
     loss, (uniform, constant), phase = last['loss'], last['lines'], last['phase']
+    stuck = phase in PLATEAUS
     where = (f'the loss is {loss:.2f} nats a label, that of a uniform output {uniform:.2f}, of the '
              f'best constant one {constant:.2f}')
-    wrong = list(judge_watched(calls))
     if loss > (1.2 if later else 10) * uniform:
         yield f'diverged: {where}; lower the learning rate, clip gradients, and start again'
-    elif wrong:
-        yield wrong[0]
-    elif phase not in PLATEAUS and 4 <= last['ends'] < len(last['lengths']):
-        yield (f'every input length is the padded one: the last outputs of {last["ends"]} clips of '
-               f'{len(last["lengths"])} are alike; give each clip its own length')
-    elif phase in PLATEAUS and last['apart'] < 2e-6:
+    yield from judge_parts(calls)
+    if last.get('mixed', 0) > 0.01:
+        yield (f'clips mix: {last["mixed"]:.0%} of the gradient of the first one\'s outputs lies '
+               'in the inputs of others; look for a reshape or view in place of a transpose, and '
+               'for layers that take the batch for time (batch_first)')
+    if not stuck and last['eval_loss'] > 1.5 * loss + 0.1:
+        yield ('training and eval mode differ: the loss of this batch is {loss:.3f} and '
+               "{eval_loss:.3f}; batch norm's running statistics are not those of its batches, so "
+               'give them a larger momentum, or make more updates').format(**last)
+    if sum(0.98 < call['spread'] < 1.001 for call in later[-2:]) == 2:
+        yield ('no output has log-probabilities that differ by more than 1, as where softmax comes '
+               'before log_softmax; take log_softmax of the logits alone')
+    if len(later) > 3:
+        far = fmean(call['far'] for call in later)
+        if far > 0.1:
+            yield (f'{far:.0%} of the utterances are not learnt at all, the others are; see '
+                   'whether those transcripts belong to other recordings')
+        if all(call['phase'] in PLATEAUS for call in later):
+            yield from unrelated_lengths(*zip(*sum((call['lengths'] for call in later), [])))
+    if not stuck and 4 <= last['ends'] < len(last['lengths']):
+        yield ('every input length is the padded one: the last outputs of {ends} clips are alike; '
+               'give each clip its own length').format(**last)
+    if stuck and last['apart'] < 2e-6:
         yield (f'every utterance gets the same outputs; {where}; see whether the input reaches the '
                'network: values that are all zero, a layer that is dead or cut off')
-    elif not later and loss > constant and last['sound'] > 0.5:
+    if not later and loss > constant and last['sound'] > 0.5:
         yield (f'the output depends on the input, and yet {where}; check that each text belongs '
                "to its input, and that blank and alphabet are the network's own")
-    elif any(call['phase'] in PLATEAUS for call in calls[-2:]):
-        yield f'phase {phase}: {where}; {PHASES[phase]}'
+    if any(call['phase'] in PLATEAUS for call in calls[-2:]):
+        yield f'phase {phase}: {where}; {PLATEAUS.get(phase, "the plateau is left")}'
 
 
-def judge_watched(calls: Sequence) -> Iterator:
-    """What is wrong, of what Watch has seen: with the network's parts, then, after its first call,
-    with outputs and transcripts."""
-    last, later = calls[-1], calls[1:]
-    stuck = last['phase'] in PLATEAUS
+def judge_parts(calls: Sequence) -> Iterator:
+    """What is wrong with the network's parts, of what Watch has seen."""
+    last = calls[-1]
     norms = last.get('gradients', {})
-    faint = 1e-3 * max(norms.values(), default=0)
-    before = calls[-2]['weights'] if later else {}
+    faint = 1e-3 * math.hypot(*norms.values())
+    # Gradients that a GradScaler has scaled may be infinite.
     unreached = [f'{part} ({norm:.0e})' for part, norm in norms.items()
-                 if norm == 0 or stuck and norm < faint < math.inf]  # GradScaler: inf
-    unmoved = [part for part in norms if before.get(part) == last['weights'][part]]
+                 if norm == 0 or last['phase'] in PLATEAUS and norm < faint < math.inf]
+    unmoved = [part for part in norms if any(call['weights'][part] == last['weights'][part]
+                                             for call in calls[-2:-1])]
     if unreached:
         yield (f'the gradient does not reach {", ".join(unreached)}; look above for detach(), '
                'no_grad(), a dead layer or very small weights; if it did at first, lower the '
@@ -420,34 +446,14 @@ def judge_watched(calls: Sequence) -> Iterator:
     if unmoved:
         yield (f'the weights of {", ".join(unmoved)} have not changed since the last call; give '
                'their parameters to the optimizer, and see that it steps')
-    if last.get('mixed', 0) > 0.01:
-        yield (f'clips mix: {last["mixed"]:.0%} of the gradient of the first one\'s outputs lies '
-               'in the inputs of others; look for a reshape or view in place of a transpose, and '
-               'for layers that take the batch for time (batch_first)')
-    if not stuck and last.get('eval_loss', 0) > 1.5 * last['loss'] + 0.1:
-        yield ('training and eval mode differ: the loss of this batch is {loss:.3f} and '
-               "{eval_loss:.3f}; batch norm's running statistics are not those of its batches, so "
-               'give them a larger momentum, or make more updates').format(**last)
-    if len(later) > 1 and all(0.98 < call['spread'] < 1.001 for call in later[-2:]):
-        yield ('no output has log-probabilities that differ by more than 1, as where softmax comes '
-               'before log_softmax; take log_softmax of the logits alone')
-    if len(later) < 4:
-        return
-    far = fmean(call['far'] for call in later)
-    if far > 0.1 and max(call['median'] for call in later) < 0.5:
-        yield (f'{far:.0%} of the utterances are not learnt at all, the others are; see whether '
-               'those transcripts belong to other recordings')
-    if all(call['phase'] in PLATEAUS for call in later):
-        yield from unrelated_lengths(list(itertools.chain(*(call['lengths'] for call in later))))
 
 
-def unrelated_lengths(pairs: Sequence) -> Iterator:
+def unrelated_lengths(recordings: Sequence, texts: Sequence) -> Iterator:
     """What is wrong where the lengths of recordings and of their transcripts hardly correlate;
     fewer than 64, or nearly equal ones, say nothing."""
-    lengths = list(zip(*pairs))
-    if len(pairs) < 64 or any(stdev(own) < 0.1 * fmean(own) for own in lengths):
+    if len(texts) < 64 or any(stdev(own) < 0.1 * fmean(own) for own in (recordings, texts)):
         return
-    related = correlation(*lengths)
+    related = correlation(recordings, texts)
     if related < 0.25:
         yield ('recordings and transcripts do not belong together: their lengths have a '
                f'correlation of {related:.2f}, in speech it is above 0.5; listen to five '
@@ -469,7 +475,7 @@ class Watch:
     they are: training ends in the same bits with it and without.
     """
 
-    def __init__(self, network: nn.Module, forward: Callable | None = None,
+    def __init__(self, network: nn.Module, forward: Callable = None,
                  blank: int = 0, batch_first: bool = False):
         self.network = getattr(network, 'module', network)
         self.forward = forward or self.network
@@ -485,38 +491,37 @@ class Watch:
         findings, batch = read_batch(self.blank, log_probs.movedim(self.batch_dim, 1), targets,
                                      input_lengths, target_lengths)
         if not findings:
-            children = list(self.network.named_children())
             norms = gradient_norms(self.network)
-            call = look(*batch, self.blank) | self.look_in_eval_mode(batch, sound, *others) | {
-                'gradients': {name: float(norms.get(f'gradient.{name}', 0))
-                              for name, child in children
-                              if any(p.requires_grad for p in child.parameters())},
-                'weights': {name: sum(p.double().norm().item() for p in child.parameters())
-                            for name, child in children}}
+            in_eval, mixed = self.pass_in_eval_mode(sound, *others)
+            call = look(*batch, self.blank, in_eval) | {
+                'mixed': mixed, 'gradients': {}, 'weights': {}}
+            for name, child in self.network.named_children():
+                trained = [p for p in child.parameters() if p.requires_grad]
+                if trained:
+                    call['gradients'][name] = float(norms.get(f'gradient.{name}', 0))
+                    call['weights'][name] = sum(p.double().norm().item() for p in trained)
             self.calls = [*self.calls, call][-10:]
-            findings = list(judge(self.calls))
+            findings = list(judge(self.calls))[:1]
         show_status('')
         for finding in findings:
             print('    >', finding)
         self.findings = [finding for finding in findings if not finding.startswith('phase')]
         return findings
 
-    def look_in_eval_mode(self, batch: Sequence, sound: Tensor,
-                          *others: object) -> dict:
-        """The loss in eval mode, how far clips are apart then, and which share of the gradient of
-        the first clip's outputs lies in the other clips' inputs: none, but where clips mix."""
+    def pass_in_eval_mode(self, sound: Tensor, *others: object) -> tuple:
+        """log_probs (T, B, V) in eval mode, and which share of the gradient of the first clip's
+        lies in the other clips' inputs: none, but where clips mix."""
         sound = sound.detach().float().requires_grad_()
         with in_eval_mode(self.network), torch.enable_grad():
             log_probs = self.forward(sound.clone(), *others).float().cpu()
             log_probs = log_probs.movedim(self.batch_dim, 1)                       # (T, B, V)
             # The blank's, as all symbols together have no gradient where they are equally likely.
-            heard = log_probs[:, 0, self.blank].sum() + 0 * sound.sum()
-            gradient, = torch.autograd.grad(heard, sound)
+            gradient, = torch.autograd.grad(log_probs[:, 0, self.blank].sum(), sound,
+                                            materialize_grads=True)
         size = gradient.abs() / gradient.abs().sum()
-        owns = [size.select(dim, 0).sum() for dim, n in enumerate(size.shape) if n == len(batch[2])]
-        seen = look(log_probs.detach(), *batch[1:], self.blank)
-        return {'eval_loss': seen['loss'], 'apart': seen['apart'],
-                'mixed': 1 - float(max(owns, default=1))}
+        owns = [size.select(dim, 0).sum() for dim, n in enumerate(size.shape)
+                if n == log_probs.shape[1]]
+        return log_probs.detach(), 1 - float(max(owns, default=1))
 
 
 @contextmanager
@@ -550,7 +555,7 @@ def legend(lines: tuple) -> str:
             'blank, _ a space')
 
 
-def epoch_line(record: Mapping) -> str:
+def epoch_line(record: dict) -> str:
     """An epoch's record of the log -> a line."""
     words = 'epoch {epoch:3d}  {seconds:4.0f} s  loss {train_loss:.3f}'
     if 'wer' in record:
@@ -559,7 +564,7 @@ def epoch_line(record: Mapping) -> str:
     return words.format(**record)
 
 
-def print_scores(results: Mapping) -> None:
+def print_scores(results: dict) -> None:
     """Print {what was scored: error rates}, with what they are made of."""
     words = ('WER {wer:.2f} % ({substitutions} S, {insertions} I, {deletions} D in {words} words '
              'of {utterances} utterances; 95 %: {interval[0]:.1f} to {interval[1]:.1f}), '
@@ -578,58 +583,43 @@ def read_run(folder: str | Path) -> dict:
     split scored last, each {'file', 'said', 'heard', 'beam' (by beam search), 'path'}).
     """
     def read(name):
-        return (Path(folder) / name).read_text(encoding='utf-8')
+        return Path(folder, name).read_text(encoding='utf-8')
 
     with error_at(folder):
-        run = {'name': str(folder), 'config': json.loads(read('config.json')),
+        run = {'name': folder, 'config': json.loads(read('config.json')),
                'log': list(map(json.loads, read('log.jsonl').splitlines())),
                'results': {}, 'sentences': []}
-        if (Path(folder) / 'results.json').exists():
+        if Path(folder, 'results.json').exists():
             run['results'] = json.loads(read('results.json'))
         for split in 'valid', 'test':
             if split in run['results']:
-                names, *rows, _ = [line.split('\t') for line in read(f'{split}.tsv').split('\n')]
-                run['sentences'] = [dict(zip(names, row, strict=True)) for row in rows]
+                run['sentences'] = list(csv.DictReader(
+                    read(f'{split}.tsv').split('\n'), delimiter='\t', quoting=csv.QUOTE_NONE))
     return run
 
 
-def print_run(run: Mapping) -> None:
-    """Print a run by epochs, and how to go on."""
-    print(run['name'], *map(epoch_line, run['log']), sep='\n')
-    if run['log']:
-        print(*explain(run['log'], run['config']), sep='\n')
-    print_scores(run['results'])
-
-
-def judged_by(record: Mapping) -> float:
-    """The loss of an epoch, by validation where there is some."""
-    return record.get('valid_loss', record['train_loss'])
-
-
-def best_epoch(log: Sequence) -> Mapping:
+def best_epoch(log: Sequence) -> dict:
     """The record of the lowest validation WER; of equal ones that of the lowest CER, of those the
     last; without validation the last. best.pt holds it."""
     return min(reversed(log), key=lambda record: (record.get('wer', 0), record.get('cer', 0)))
 
 
-def explain(log: Sequence, config: Mapping) -> Iterator:
-    """The records of a log.jsonl, the contents of config.json -> the phase, why, what to try."""
-    last = log[-1]
-    way = plateau_fraction(judged_by(last),
-                           config['valid_plateaus' if 'valid_loss' in last else 'plateaus'])
-    yield ('phase: {phase}; the loss has come {way:.0%} of the way from the uniform to the '
-           'constant line, the entropy is {entropy:.0%} of the largest, the sound decides '
-           '{sound:.0%} of the output').format(way=way, **last)
-    yield ('update at which the uniform plateau was left: {left_uniform}, the constant one: '
-           '{left_constant} (None: not yet)').format(**last)
-    if 'wer' in last:
-        best = best_epoch([*config['start'], *log])
-        yield ('best epoch {epoch} of {}: WER {wer:.2f} %, CER {cer:.2f} %'
-               .format(len(log), **best))
-    yield f'how to go on: {next_step(log, config)}'
+def print_run(run: dict) -> None:
+    """Print a run by epochs, its phase, why, what to try, and its scores."""
+    log = run['log']
+    print(run['name'])
+    if log:
+        last = log[-1]
+        print(legend(run['config']['plateaus']), *map(epoch_line, log), sep='\n')
+        print(('phase: {phase}; the entropy of the outputs is {entropy:.0%} of the largest, the '
+               'sound decides {sound:.0%} of them').format(**last))
+        print('update', LEFT.format(**last))
+        print('best epoch', best_epoch([*run['config']['start'], *log])['epoch'], 'of', len(log))
+        print('how to go on:', next_step(log))
+    print_scores(run['results'])
 
 
-def next_step(log: Sequence, config: Mapping) -> str:
+def next_step(log: Sequence) -> str:
     """What to try first after a run of these records of the log."""
     last = log[-1]
     updates = last['updates']
@@ -652,8 +642,6 @@ def next_step(log: Sequence, config: Mapping) -> str:
     if last['phase'] in PLATEAUS:
         return ('the network fits the training utterances alone; get more of them, and check that '
                 'each transcript belongs to its recording')
-    if last['clipped'] > 0.9 and plateau_fraction(last['train_loss'], config['plateaus']) < 1.1:
-        return 'nearly all updates are clipped; halve the learning rate'
     if 'wer' not in last:
         return 'there is no validation data; give some'
     if last['wer'] > 80 and last['cer'] < 25:
@@ -669,9 +657,9 @@ def next_step(log: Sequence, config: Mapping) -> str:
 
 def print_comparison(runs: Sequence) -> None:
     """Print a table of runs, those together that differ by their seed alone: the WER of each, their
-    mean (that of all their words), standard deviation and 95 % interval over utterances; of two
-    groups, or of two runs, whether one is better: whether the interval of their difference, in the
-    same samples of the utterances (paired bootstrap, Bisani & Ney 2004), excludes 0.
+    mean (that of all their words), standard deviation and 95 % interval over utterances, and that
+    of the difference between these runs and the first ones, in the same samples of the utterances
+    (paired bootstrap, Bisani & Ney 2004): where it excludes 0, they are better or worse.
 
     Raises UserError where runs are not finished, or have scored other sentences.
     """
@@ -681,84 +669,66 @@ def print_comparison(runs: Sequence) -> None:
             raise UserError(f'{run["name"]}: not finished, or other sentences were scored')
     words = torch.tensor([len(words_of(text)) for text in said])
     flags = [run['config']['flags'] for run in runs]
-    differ = [name for name in flags[0] if len({str(own.get(name)) for own in flags}) > 1
-              and name not in ('run_dir', 'device', 'workers', 'threads', 'undo', 'only', 'seed')]
+    differ = [name for name in flags[0]
+              if name not in ('run_dir', 'device', 'workers', 'threads', 'undo', 'only', 'seed')
+              and len({own.get(name) for own in flags}) > 1]
     names = [', '.join(f'{name} {own.get(name)}' for name in differ) for own in flags]
-    if len(runs) == 2:
-        names = [run['name'] for run in runs]
     for decoding, heard in ('greedy', 'heard'), ('beam search', 'beam'):
-        print(f'{decoding}: WER of each run in %, mean, deviation, 95 % interval')
+        print(f'{decoding}: WER of each run in %, mean, deviation, 95 % interval, that of the '
+              'difference from the first line')
         errors = torch.tensor([[edit_counts(words_of(row['said']), words_of(row[heard]))[0]
-                                for row in run['sentences']] for run in runs])     # (runs, N)
-        means = {}
-        for name in dict.fromkeys(names):
-            group = errors[[name == other for other in names]].float()
+                                for row in run['sentences']] for run in runs]).float()  # (runs, N)
+        groups = {name: errors[[name == other for other in names]] for name in names}
+        first = groups[names[0]].mean(0)
+        for name, group in groups.items():
             wers = (100 * group.sum(1) / words.sum()).tolist()
-            means[name] = group.mean(0)
-            low, high = bootstrap_interval(means[name], words)
             spread = f'{stdev(wers):.2f}' if len(wers) > 1 else '    '
-            print(*(f'{wer:6.2f}' for wer in wers),
-                  f'  {fmean(wers):6.2f}  {spread}  {low:.1f} to {high:.1f}  {name}')
-        if len(means) == 2:
-            one, two = means
-            more = means[two] - means[one]
-            low, high = bootstrap_interval(more, words)
-            verdict = 'worse' if low > 0 else 'better' if high < 0 else 'not clearly different'
-            print(f'paired bootstrap: {two} has {100 * more.sum() / words.sum():+.2f} points of '
-                  f'WER (95 %: {low:+.2f} to {high:+.2f}): it is {verdict}')
+            mean = group.mean(0)
+            print(*map('{:6.2f}'.format, wers),
+                  '  {:6.2f}  {}  {:.1f} to {:.1f}  {:+.2f} to {:+.2f}  {}'.format(
+                      fmean(wers), spread, *bootstrap_interval(mean, words),
+                      *bootstrap_interval(mean - first, words), name))
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-# Colours that colour-blind readers tell apart (Okabe & Ito 2008), here and for runs.
-PHASE_COLOURS = {'uniform': '#999999', 'constant': '#E69F00', 'learning': '#56B4E9',
-                 'learnt': '#009E73'}
-
-
 def load_pyplot() -> object:
     """matplotlib.pyplot, which draws into files only. Raises UserError where it is missing."""
     with error_at('matplotlib is needed (python -m pip install matplotlib)'):
-        import matplotlib
-    matplotlib.use('agg')
-    from matplotlib import pyplot
-    # A $ in a text or a name is a $.
-    pyplot.rcParams.update({'font.size': 9, 'text.parse_math': False})
+        from matplotlib import pyplot
+    pyplot.switch_backend('agg')
+    pyplot.style.use('tableau-colorblind10')
+    pyplot.rcParams['text.parse_math'] = False  # a $ in a text or a name is a $
     return pyplot
 
 
 def plot_runs(runs: Sequence, path: str) -> None:
-    """Draw runs on the same axes: losses, with phases as dots and both plateaus, WER, gradient
-    norms by part, and what each heard of the longest sentence. Raises OSError, ValueError."""
-    if not all(run['log'] for run in runs):
-        raise ValueError('a run has no epochs to draw')
-    pyplot = load_pyplot()
-    panels = {'CTC loss, nats per label': 'loss', 'validation WER, %': 'wer',
-              'gradient norm, nats per label': 'gradient.'}
-    figure, all_axes = pyplot.subplots(1, 3, figsize=(15, 5), layout='constrained')
-    losses = all_axes[0]
-    for phase, colour in PHASE_COLOURS.items():
-        losses.scatter([], [], color=colour, label=f'phase: {phase}')
-    for loss, name in zip(runs[0]['config']['plateaus'], PLATEAUS):
-        losses.axhline(loss, color='0.5', linestyle=':', label=f'{name} output: {loss:.2f}')
+    """Draw runs on the same axes: losses, with both plateaus and their phases, WER, gradient norms
+    by part, and what each heard of the last sentence. Raises OSError, ValueError."""
+    figure, panels = load_pyplot().subplots(1, 3, figsize=(15, 5), layout='constrained')
+    plateaus = runs[0]['config']['plateaus']
+    for name, loss, limit in zip(PLATEAUS, plateaus, phase_limits(plateaus).values()):
+        panels[0].axhline(loss, color='0.5',
+                          label=f'{name} output: {loss:.2f}; phase: {name} above {limit:.2f}')
     lines = []
-    for run, colour in zip(runs, itertools.cycle(
-            ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'])):
-        epochs = [record['epoch'] for record in run['log']]
-        losses.scatter(epochs, list(map(judged_by, run['log'])), zorder=3,
-                       color=[PHASE_COLOURS[record['phase']] for record in run['log']])
-        for axes, (label, word) in zip(all_axes, panels.items()):
-            keys = [key for key in run['log'][0] if word in key]
-            for key, style in zip(keys, ['-', '--', ':', '-.']):
-                axes.plot(epochs, [record[key] for record in run['log']], style, color=colour,
-                          label=f'{key}, {run["name"]}')
+    for i, run in enumerate(runs):
+        log = run['log']
+        for axes, word, label, scale in zip(
+                panels, ['loss', 'wer', 'gradient.'],
+                ['CTC loss, nats per label', 'validation WER, %', 'gradient norm, nats per label'],
+                ['log', 'linear', 'log']):
+            keys = [key for key in log[0] if word in key]
+            for key, style in zip(keys, ['-', '--', ':']):
+                axes.plot([record['epoch'] for record in log], [record[key] for record in log],
+                          style, color=f'C{i}', label=f'{key}, {run["name"]}')
                 axes.legend(fontsize=7)
-            axes.set(xlabel='epoch', ylabel=label, yscale='linear' if word == 'wer' else 'log')
+            axes.set(xlabel='epoch', ylabel=label, yscale=scale)
             axes.yaxis.set_major_formatter('{x:g}')
             axes.yaxis.set_minor_formatter('')
-        for longest in sorted(run['sentences'], key=lambda row: len(row['said']))[-1:]:
-            lines.append('said: {said}   heard: {heard}   ({name})'.format(**longest, **run))
+        for row in run['sentences'][-1:]:
+            lines.append('said: {said}   heard: {heard}   ({name})'.format(**row, **run))
     figure.suptitle('\n'.join(lines), x=0, ha='left')
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 # ---- how programs end ----------------------------------------------------------------------------
@@ -789,9 +759,8 @@ def one_line_ends(program: str, go_on: str = '') -> Iterator:
     lacks are shown as numbers.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')
+    if hasattr(sys.stdout, 'reconfigure'):  # stderr does it by itself
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         yield
     except KeyboardInterrupt:
@@ -822,50 +791,45 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable:
 
 # ---- python monitor.py ---------------------------------------------------------------------------
 
-def typical_lines(outputs: float, labels: float, vocab_size: float, equal: bool) -> tuple:
-    """Both plateau lines of texts of so many labels, in the mean, in so many outputs, without a
-    corpus.
+def typical_texts(labels: float, vocab_size: int, equal: bool) -> tuple:
+    """50 texts of so many labels, in the mean, for plateau lines without a corpus.
 
     Each symbol is 0.87 times as frequent as the one before: 27 of them have an entropy of 2.86
     nats, English letters and the space 2.85 (Norvig 2013, "English letter frequency counts:
-    Mayzner revisited"). equal: all are equally frequent, as on number plates. Raises ValueError
-    where the labels do not fit the outputs.
+    Mayzner revisited"). equal: all are equally frequent, as on number plates.
     """
-    frequency = (1.0 if equal else 0.87) ** torch.arange(int(vocab_size) - 1)
+    frequency = (1.0 if equal else 0.87) ** torch.arange(vocab_size - 1)
     sizes = [int(labels + i / 50) for i in range(50)]
     draws = torch.multinomial(frequency, sum(sizes), replacement=True,
                               generator=torch.Generator().manual_seed(0))
-    targets = [text.tolist() for text in (draws + 1).split(sizes)]
-    lines = plateau_lines(targets, [outputs] * 50, int(vocab_size))
-    if math.isnan(lines[0]):
-        raise ValueError(f'{labels:g} labels with their repeats do not fit {outputs:g} outputs')
-    return lines
+    return (draws + 1).split(sizes)
 
 
 def read_losses(path: str) -> list:
     """The losses of a log, one a line: the number behind "loss", as in JSON or in words, or in a
-    table's column whose name has "loss" in it, or else the last one. Raises UserError."""
+    table's column whose name has "loss" in it, or else the last one. Raises OSError, ValueError."""
     losses, column = [], -1
-    with error_at(path):
-        for line in Path(path).read_text(encoding='utf-8-sig').lower().splitlines():
-            cells = re.split('[,;\t]' if re.search('[,;\t]', line) else r'\s+', line.strip(' '))
-            named = re.search(r'loss\W+?(-?(?:\d*\.?\d+(?:e[+-]?\d+)?|nan\b|inf\b))', line)
-            if named:
-                losses.append(float(named[1]))
-            elif 'loss' in line:
-                column = ['loss' in cell for cell in cells].index(True)
-            elif line.strip():
-                losses.append(float(cells[column]))
-        if not losses:
-            raise ValueError('it holds no losses')
+    for line in Path(path).read_text(encoding='utf-8-sig').lower().splitlines():
+        cells = re.split('[,;\t]' if re.search('[,;\t]', line) else r'\s+', line.strip(' '))
+        named = re.search(r'loss\W+?(-?(?:\d*\.?\d+(?:e[+-]?\d+)?|nan\b|inf\b))', line)
+        if named:
+            losses.append(float(named[1]))
+        elif 'loss' in line:
+            column = ['loss' in cell for cell in cells].index(True)
+        elif line.strip():
+            losses.append(float(cells[column]))
+    if not losses:
+        raise ValueError('it holds no losses')
     return losses
 
 
 def print_lines(args: argparse.Namespace) -> None:
-    """Print both plateau lines, and where the losses of a log lie. Raises UserError."""
-    outputs, labels, vocab_size = args.lines
-    with error_at('--lines'):
-        lines = typical_lines(outputs, labels, vocab_size, args.equal)
+    """Print both plateau lines, and where the losses of a log lie. Raises OSError, ValueError."""
+    outputs, labels, symbols = args.lines
+    texts = typical_texts(labels, int(symbols), args.equal)
+    lines = plateau_lines(texts, [outputs] * 50, int(symbols))
+    if math.isnan(lines[0]):
+        raise ValueError(f'{labels:g} labels with their repeats do not fit {outputs:g} outputs')
     scale = args.sum_over * labels or 1  # labels that a loss is the sum of
     unit = f'summed over {args.sum_over} texts' if args.sum_over else 'a label'
     uniform, constant = (scale * line for line in lines)
@@ -878,39 +842,40 @@ def print_lines(args: argparse.Namespace) -> None:
         fraction = plateau_fraction(fmean(losses[-window:]), lines)
         print(f'the last of {len(losses)} losses lies {fraction:.0%} of the way from the first '
               'line to the second')
-        print('loss at which the uniform plateau was left: {left_uniform}, the constant one: '
-              '{left_constant} (None: not yet)'.format(**plateaus_left(losses, lines, window)))
+        print('loss', LEFT.format(**plateaus_left(losses, lines, window)))
 
 
-def main(argv: Sequence | None = None) -> None:
+def main(argv: Sequence = None) -> None:
     parser = argparse.ArgumentParser(
         description='Read a run: a table by epoch, its phase, how to go on. Or compare several: '
-                    'settings that differ, scores, their spread; for two, a paired bootstrap.')
+                    'settings that differ, scores, their spread, a paired bootstrap against the '
+                    'first.')
     add = parser.add_argument
     add('run', nargs='*', help='run folder of train.py')
     add('--plot',
         help='draw the runs into a .png, .svg or .pdf file; needs matplotlib')
-    add('--lines', nargs=3, type=number(float, 1, 10_000), metavar=('T', 'L', 'V'),
+    add('--lines', nargs=3, type=float, metavar=('T', 'L', 'V'),
         help='the plateau lines of T outputs, L labels, V symbols with the blank')
     add('--equal', action='store_true',
         help='of symbols that are equally frequent, as in captchas and word pieces')
     add('--losses',
         help="anybody's log (numbers, a table or JSON lines): where its losses lie to --lines")
-    add('--sum_over', type=number(int, 0), default=0,
+    add('--sum_over', type=int, default=0,
         help='the losses are sums over so many texts; 0: nats per label, as F.ctc_loss gives them')
     args = parser.parse_args(argv)
     if not args.run and not args.lines:
         parser.error('name run folders of train.py, or give --lines T L V')
     with one_line_ends('monitor.py'):
         if args.lines:
-            print_lines(args)
+            with error_at('--lines, --losses'):
+                print_lines(args)
         runs = list(map(read_run, args.run))
         if len(runs) > 1:
             print_comparison(runs)
         elif runs:
-            print_run(runs[0])
+            print_run(*runs)
         if args.plot:
-            with error_at(f'--plot {args.plot}'):
+            with error_at('--plot, of runs that have an epoch'):
                 plot_runs(runs, args.plot)
 
 

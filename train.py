@@ -486,7 +486,8 @@ def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) ->
             continue  # the first process validates, saves and prints
         scores, sample = validate(checkpoint, valid, record, args)
         lines = config['valid_plateaus' if valid else 'plateaus']
-        record['phase'] = monitor.name_phase(monitor.judged_by(record), lines)
+        loss = record.get('valid_loss', record['train_loss'])
+        record['phase'] = monitor.name_phase(loss, lines)
         if monitor.best_epoch(config['start'] + log) is record:
             save_checkpoint(checkpoint, {'epoch': len(log), 'scores': scores}, folder)
         save('\n'.join(map(json.dumps, log)) + '\n', folder / 'log.jsonl')
