@@ -688,32 +688,34 @@ WORDS = {
 # Formants: Peterson & Barney 1952, table II, men; of consonants Klatt 1980, table III (n's first is
 # its nasal one). Levels, hiss and durations are our own, by spectrogram and by what a recogniser of
 # real speech made of them.
-PHONE_TABLE = {
-    #      ms   F1   F2   F3  voice hiss centre width
-    #           Hz   Hz   Hz   dB    dB  kHz    octaves
-    'iy': '110   270 2290 3010     0  -99     4     1',
-    'uw': '140   300  870 2240     0  -99     4     1',
-    'th': ' 90   320 1290 2540   -99  -30     6   1.5',
-    'ih': ' 80   390 1990 2550     0  -99     4     1',
-    'w':  ' 60   290  610 2150    -4  -99     4     1',
-    's':  '105   320 1390 2530   -99  -16     6   0.5',
-    'eh': '100   530 1840 2480     0  -99     4     1',
-    'r':  ' 65   310 1060 1380    -4  -99     4     1',
-    'z':  ' 75   240 1390 2530   -10  -20     6   0.5',
-    'ah': ' 90   640 1190 2390     0  -99     4     1',
-    'l':  ' 65   310 1050 2880    -4  -99     4     1',
-    'p':  ' 30   400 1100 2150   -99  -28     1     2',
-    'aa': '110   730 1090 2440     0  -99     4     1',
-    'n':  ' 90   270 1340 2470   -10  -99     4     1',
-    't':  ' 35   400 1600 2600   -99  -19   4.5   0.7',
-    'ao': '110   570  840 2410     0  -99     4     1',
-    'f':  ' 95   340 1100 2080   -99  -28     6     2',
-    'k':  ' 35   300 1990 2850   -99  -19     2   0.4',
-    'uh': ' 80   440 1020 2240     0  -99     4     1',
-    'v':  ' 55   220 1100 2080   -10  -32     6     2',
-    'g':  ' 25   200 1990 2850    -8  -24     2   0.4',
-}
-PHONES = {name: np.array(columns.split(), float) for name, columns in PHONE_TABLE.items()}
+#         ms    formants, Hz  voice hiss  centre  width
+#               F1   F2    F3   dB   dB   kHz  octaves
+TABLE = '''
+    iy   110  270 2290  3010
+    uw   140  300  870  2240
+    th    90  320 1290  2540  -99  -30     6     1.5
+    ih    80  390 1990  2550
+    w     60  290  610  2150   -4
+    s    105  320 1390  2530  -99  -16     6     0.5
+    eh   100  530 1840  2480
+    r     65  310 1060  1380   -4
+    z     75  240 1390  2530  -10  -20     6     0.5
+    ah    90  640 1190  2390
+    l     65  310 1050  2880   -4
+    p     30  400 1100  2150  -99  -28     1       2
+    aa   110  730 1090  2440
+    n     90  270 1340  2470  -10
+    t     35  400 1600  2600  -99  -19   4.5     0.7
+    ao   110  570  840  2410
+    f     95  340 1100  2080  -99  -28     6       2
+    k     35  300 1990  2850  -99  -19     2     0.4
+    uh    80  440 1020  2240
+    v     55  220 1100  2080  -10  -32     6       2
+    g     25  200 1990  2850   -8  -24     2     0.4
+'''
+SOUNDED = [0, -99, 4, 1]  # what a row lacks that ends early: voiced as a vowel, without hiss
+PHONES = {name: np.array([*columns, *SOUNDED[len(columns) - 4:]], float)
+          for name, *columns in map(str.split, TABLE.strip().split('\n'))}
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPECTRUM = {
     'n_fft': 512,
