@@ -258,8 +258,8 @@ class Speech:
 
     def draw(self, epoch: int, u: Utterance) -> tuple:
         """What an item is in an epoch: the utterance and, by the chance `concat`, one more of its
-        speaker's; its speed, from 90 to 110 per cent of the recording's own; and random numbers for
-        its masks. Seeded by name and text: it stays so in a subset or in another order.
+        speaker's; its speed, from 90 to 110 per cent of the recording's own; and the seeds of its
+        masks. Drawn by name and text: it stays so in a subset or in another order.
 
         The network so hears words in more contexts and clips of more lengths than the corpus has
         (random utterance concatenation, Lin et al. 2022). Recordings are joined as they are: of two
@@ -273,13 +273,13 @@ class Speech:
         if rng.random() < self.concat:
             same_speaker = [other for other in self.utterances if other.speaker == u.speaker]
             parts.append(same_speaker[rng.integers(len(same_speaker))])
-        return parts, speed, default_rng([*seeds, 1])
+        return parts, speed, [*seeds, 1]
 
     def __getitem__(self, item: tuple) -> tuple:
         epoch, index = item
         u = self.utterances[index]
         with error_at(u.where):
-            *drawn, rng = self.draw(epoch, u)
+            *drawn, seeds = self.draw(epoch, u)
             # Where CTC could not align what was drawn: the utterance alone, as it was recorded.
             for parts, speed in drawn, ([u], 100):
                 waves = [resample(*load_utterance(part)) for part in parts]
@@ -291,7 +291,7 @@ class Speech:
             else:
                 raise ValueError(TOO_SHORT)
         if self.spec_augment:
-            spec_augment(mels, rng)
+            spec_augment(mels, default_rng(seeds))
         return mels, torch.tensor(target)
 
 
