@@ -78,9 +78,9 @@ def plateau_lines(targets: Sequence, lengths: Sequence, vocab_size: int,
                 if 0 < outputs_needed(target) <= length]
     if not possible:
         return math.nan, math.nan
-    longest = max(length for _, length in possible)
-    most = max(len(text) for text, _ in possible)
-    possible = possible[::len(possible) * longest * most // 20_000_000 + 1]
+    texts, outputs = zip(*possible)
+    cells = len(texts) * max(outputs) * max(map(len, texts))  # half of those of CTC's table
+    possible = possible[::cells // 20_000_000 + 1]
     texts, outputs = zip(*possible)
     labels = torch.cat([torch.as_tensor(text) for text in texts])
     share = 1 / fmean(length / len(text) for text, length in possible)
@@ -88,7 +88,7 @@ def plateau_lines(targets: Sequence, lengths: Sequence, vocab_size: int,
     frequent[blank] = 1 - share
 
     def loss_of(distribution):
-        log_probs = distribution.log().expand(longest, len(texts), vocab_size)
+        log_probs = distribution.log().expand(max(outputs), len(texts), vocab_size)
         return float(F.ctc_loss(log_probs, labels, outputs, tuple(map(len, texts)), blank))
 
     uniform = loss_of(torch.ones(vocab_size) / vocab_size)
@@ -361,9 +361,8 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
                 them are below a half of it; else nan
     lengths     of the utterances, in outputs and in labels
 
-    and, of the outputs in eval mode (T, B, V), which are not disturbed by drop-out,
+    and, of the outputs in eval mode (T, B, V), which drop-out does not disturb,
 
-    eval_loss   their loss
     apart       the largest difference of log-probabilities between the shortest text's clip, which
                 has most padding, and another
     ends        how many clips end as that one does, where all are as long as the batch
@@ -380,7 +379,6 @@ def look(log_probs: Tensor, labels: Tensor, lengths: Tensor, sizes: Tensor, blan
         'loss': loss, 'lines': lines, 'phase': name_phase(loss, lines),
         'far': fmean(losses > lines[1]) if losses.median() < lines[1] / 2 else math.nan,
         'lengths': torch.stack([lengths, sizes], 1).tolist(),
-        'eval_loss': float(F.ctc_loss(in_eval, labels, lengths, sizes, blank)),
         'apart': float(apart.amax()) if len(texts) > 1 else math.inf,
         'ends': ends if len(shared) == len(log_probs) else 0,
         'spread': float((shared.amax(2) - shared.amin(2)).max())}
@@ -401,7 +399,7 @@ def judge(calls: Sequence) -> Iterator:
         yield (f'clips mix: {last["mixed"]:.0%} of the gradient of the first one\'s outputs lies '
                'in the inputs of others; look for a reshape or view in place of a transpose, and '
                'for layers that take the batch for time (batch_first)')
-    if not stuck and last['eval_loss'] > 1.5 * loss + 0.1:
+    if not stuck and last.get('eval_loss', 0) > 1.5 * loss + 0.1:
         yield ('training and eval mode differ: the loss of this batch is {loss:.3f} and '
                "{eval_loss:.3f}; batch norm's running statistics are not those of its batches, so "
                'give them a larger momentum, or make more updates').format(**last)
@@ -494,6 +492,7 @@ class Watch:
             norms = gradient_norms(self.network)
             in_eval, mixed = self.pass_in_eval_mode(sound, *others)
             call = look(*batch, self.blank, in_eval) | {
+                'eval_loss': float(F.ctc_loss(in_eval, *batch[1:], self.blank)),
                 'mixed': mixed, 'gradients': {}, 'weights': {}}
             for name, child in self.network.named_children():
                 trained = [p for p in child.parameters() if p.requires_grad]
@@ -570,7 +569,7 @@ def print_scores(results: dict) -> None:
              'of {utterances} utterances; 95 %: {interval[0]:.1f} to {interval[1]:.1f}), '
              'CER {cer:.2f} %, sentences with errors {ser:.1f} %')
     for name, rates in results.items():
-        print(f'{name}: {words.format(**rates)}')
+        print(name + ':', words.format(**rates))
 
 
 # ---- reading and comparing runs ------------------------------------------------------------------
@@ -674,7 +673,7 @@ def print_comparison(runs: Sequence) -> None:
               and len({own.get(name) for own in flags}) > 1]
     names = [', '.join(f'{name} {own.get(name)}' for name in differ) for own in flags]
     for decoding, heard in ('greedy', 'heard'), ('beam search', 'beam'):
-        print(f'{decoding}: WER of each run in %, mean, deviation, 95 % interval, that of the '
+        print(decoding, 'WER of each run in %, mean, deviation, 95 % interval, that of the '
               'difference from the first line')
         errors = torch.tensor([[edit_counts(words_of(row['said']), words_of(row[heard]))[0]
                                 for row in run['sentences']] for run in runs]).float()  # (runs, N)
