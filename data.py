@@ -19,7 +19,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 import monitor
-from monitor import UserError, error_at
+from monitor import UserError, error_at, listing, progress, whole_file
 
 SAMPLE_RATE = 16000                  # samples a second
 WINDOW = 400                         # samples: 25 ms
@@ -479,16 +479,6 @@ def make_utterance(row: object, where: str) -> Utterance:
     return Utterance(path, text, duration, str(row.get('speaker', '')), where, offset)
 
 
-@contextmanager
-def listing(faults: list, where: str) -> Iterator:
-    """Add what is wrong at a place to the faults, and go on."""
-    try:
-        with error_at(where):
-            yield
-    except UserError as error:
-        faults.append(str(error))
-
-
 def read_corpus(path: str | Path, split: str = 'train') -> tuple:
     """A corpus -> its Utterances sorted by file name, and what is wrong with others, a line each.
 
@@ -886,24 +876,7 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
     return {split: f'{folder}/{split}.jsonl' for split in BUILTIN}
 
 
-# ---- files, progress, and python data.py ---------------------------------------------------------
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator:
-    """Where to write a file that takes its name once it is whole. Raises UserError."""
-    with error_at(path):
-        part = Path(path).with_name(f'unfinished.{Path(path).name}')
-        yield part
-        part.replace(path)
-
-
-def progress(items: Sequence, what: str) -> Iterator:
-    """Pass the items on, and show on a terminal how many of them are done."""
-    for done, item in enumerate(items, 1):
-        yield item
-        monitor.show_status(f'{what} {done}/{len(items)}')
-    monitor.show_status('')
-
+# ---- python data.py ------------------------------------------------------------------------------
 
 def inspect_corpus(path: str) -> None:
     """Print what a corpus holds, and what is wrong with it. Raises UserError where training

@@ -723,7 +723,7 @@ def read_character_model(path: str, alphabet: list) -> CharacterModel:
                 texts.append(' '.join(words))
         if not texts:
             raise ValueError('it holds nothing in the characters of the training transcripts')
-    return CharacterModel.of_texts(data.progress(texts, 'counting sentence'))
+    return CharacterModel.of_texts(monitor.progress(texts, 'counting sentence'))
 
 
 NARROW = ('nothing above 4 kHz, as from a telephone, and the model was trained on wider speech: '
@@ -735,7 +735,7 @@ def transcribe_clips(checkpoint: Checkpoint, args: Namespace) -> None:
     used are done, that lists the others."""
     faults = []
     for clip in args.clips:
-        with data.listing(faults, clip):
+        with monitor.listing(faults, clip):
             wave = data.read_wave(clip, args.channel)
             if data.is_narrow(wave) and not checkpoint.run['narrow']:
                 print(f'{clip}: {NARROW}', file=sys.stderr)

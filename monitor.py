@@ -730,7 +730,7 @@ def plot_runs(runs: Sequence, path: str) -> None:
     figure.savefig(path)
 
 
-# ---- how programs end ----------------------------------------------------------------------------
+# ---- how programs fail, wait and write -----------------------------------------------------------
 
 class UserError(Exception):
     """A user's input cannot be used; the message says where and why, in a line each."""
@@ -748,6 +748,16 @@ def error_at(where: object) -> Iterator:
         if not isinstance(error, (ValueError, OSError)):
             reason = f'{type(error).__name__}: {reason}'
         raise UserError(f'{where}: cannot be used ({reason})') from error
+
+
+@contextmanager
+def listing(faults: list, where: str) -> Iterator:
+    """Add what is wrong at a place to the faults, and go on."""
+    try:
+        with error_at(where):
+            yield
+    except UserError as error:
+        faults.append(str(error))
 
 
 @contextmanager
@@ -775,6 +785,23 @@ def show_status(text: str) -> None:
     """Show on a terminal how far a program is, in place of what it showed before."""
     if sys.stderr.isatty():
         print(f'\r{text}\x1b[K', end='', file=sys.stderr)
+
+
+def progress(items: Sequence, what: str) -> Iterator:
+    """Pass the items on, and show on a terminal how many of them are done."""
+    for done, item in enumerate(items, 1):
+        yield item
+        show_status(f'{what} {done}/{len(items)}')
+    show_status('')
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator:
+    """Where to write a file that takes its name once it is whole. Raises UserError."""
+    with error_at(path):
+        part = Path(path).with_name(f'unfinished.{Path(path).name}')
+        yield part
+        part.replace(path)
 
 
 def number(kind: type, low: float, high: float = 1e9) -> Callable:

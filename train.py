@@ -256,7 +256,7 @@ def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedu
     """
     network.train()
     figures = defaultdict(list)
-    for batch in data.progress(batches, 'update'):
+    for batch in monitor.progress(batches, 'update'):
         mels, lengths, targets, target_lengths = [x.to(args.device) for x in batch]
         layers, output_lengths = network(mels, lengths, every_layer=True)
         # Averaged over utterances, each one's loss divided by its number of labels: nats per label.
@@ -314,7 +314,7 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
     losses, rows = [], [None] * len(utterances)
     batches = evaluation_batches(utterances, batch_size)
     loader = data.loader(Speech(utterances, alphabet), batches, args.workers)
-    for batch, items in zip(data.progress(loader, 'scoring'), batches):
+    for batch, items in zip(monitor.progress(loader, 'scoring'), batches):
         mels, lengths, targets, target_lengths = batch
         outputs = network(mels.to(args.device), lengths.to(args.device))
         log_probs, lengths = [x.cpu() for x in outputs]                     # (B, T', V), (B,)
@@ -408,7 +408,7 @@ def prepare(splits: Splits, args: Namespace) -> Checkpoint:
 def save(content: object, path: Path) -> None:
     """Write a text, or a dict of plain data and tensors, all of it or nothing. Raises
     UserError."""
-    with data.whole_file(path) as part:
+    with monitor.whole_file(path) as part:
         if isinstance(content, str):
             part.write_text(content, encoding='utf-8')
         else:
@@ -549,7 +549,7 @@ def finish(path: object, splits: Splits, args: Namespace) -> None:
         examples = right or utterances[:1]
     example = max(examples, key=lambda u: len(u.text))
     wave = data.resample(*data.load_utterance(example))
-    with data.whole_file(folder / 'clip.wav') as part:
+    with monitor.whole_file(folder / 'clip.wav') as part:
         soundfile.write(part, wave.numpy(), data.SAMPLE_RATE)
     # results.json says that the run is finished, so it comes last.
     save(json.dumps(results, indent=1), folder / 'results.json')
