@@ -702,13 +702,15 @@ def load_pyplot() -> object:
 
 
 def plot_runs(runs: Sequence, path: str) -> None:
-    """Draw runs on the same axes: losses, with both plateaus and their phases, WER, gradient norms
+    """Draw runs on the same axes: losses, with both plateaus and where phases begin, WER, gradient norms
     by part, and what each heard of the last sentence. Raises OSError, ValueError."""
     figure, panels = load_pyplot().subplots(1, 3, figsize=(15, 5), layout='constrained')
     plateaus = runs[0]['config']['plateaus']
-    for name, loss, limit in zip(PLATEAUS, plateaus, phase_limits(plateaus).values()):
-        panels[0].axhline(loss, color='0.5',
-                          label=f'{name} output: {loss:.2f}; phase: {name} above {limit:.2f}')
+    for name, loss in zip(PLATEAUS, plateaus):
+        panels[0].axhline(loss, color='0.5', label=f'{name} output: {loss:.2f}')
+    for phase, limit in phase_limits(plateaus).items():
+        panels[0].axhline(limit, color='0.7', linestyle=':',
+                          label=f'phase: {phase} above {limit:.2f}')
     lines = []
     for i, run in enumerate(runs):
         log = run['log']
@@ -880,13 +882,13 @@ def main(argv: Sequence = None) -> None:
     add('run', nargs='*', help='run folder of train.py')
     add('--plot',
         help='draw the runs into a .png, .svg or .pdf file; needs matplotlib')
-    add('--lines', nargs=3, type=float, metavar=('T', 'L', 'V'),
+    add('--lines', nargs=3, type=number(float, 1, 10_000), metavar=('T', 'L', 'V'),
         help='the plateau lines of T outputs, L labels, V symbols with the blank')
     add('--equal', action='store_true',
         help='of symbols that are equally frequent, as in captchas and word pieces')
     add('--losses',
         help="anybody's log (numbers, a table or JSON lines): where its losses lie to --lines")
-    add('--sum_over', type=int, default=0,
+    add('--sum_over', type=number(int, 0), default=0,
         help='the losses are sums over so many texts; 0: nats per label, as F.ctc_loss gives them')
     args = parser.parse_args(argv)
     if not args.run and not args.lines:
