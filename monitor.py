@@ -702,8 +702,8 @@ def load_pyplot() -> object:
 
 
 def plot_runs(runs: Sequence, path: str) -> None:
-    """Draw runs on the same axes: losses, with both plateaus and where phases begin, WER, gradient norms
-    by part, and what each heard of the last sentence. Raises OSError, ValueError."""
+    """Draw runs on the same axes: losses, with both plateaus and where phases begin, WER, gradient
+    norms by part, and what each heard of the last sentence. Raises OSError, ValueError."""
     figure, panels = load_pyplot().subplots(1, 3, figsize=(15, 5), layout='constrained')
     plateaus = runs[0]['config']['plateaus']
     for name, loss in zip(PLATEAUS, plateaus):
