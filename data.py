@@ -402,11 +402,6 @@ def encode(text: str, alphabet: list) -> list:
     return [symbols[character] for character in text if character in symbols]
 
 
-def decode(symbols: Sequence, alphabet: list) -> str:
-    """Symbols -> text."""
-    return ''.join(alphabet[symbol] for symbol in symbols)
-
-
 def show_path(symbols: Sequence, alphabet: list) -> str:
     """The symbols of outputs for the eye: the space as _, the blank as -."""
     return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in symbols)

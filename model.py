@@ -410,17 +410,14 @@ def init_weights(model: Recogniser) -> None:
 # "aa" needs the path a-a: without the blank, the two would merge. F.ctc_loss sums over all paths by
 # dynamic programming; test_ctc_loss_against_all_paths lists them instead, and finds the same loss.
 
-def collapse(path: Iterable) -> list:
-    """Merge a path's repeats, then drop its blanks: [0, 1, 1, 0, 1, 2] -> [1, 1, 2]."""
-    return [symbol for symbol, _ in itertools.groupby(path) if symbol]
+def greedy_decode(log_probs: Tensor, alphabet: list) -> str:
+    """The text to which the path of each output's likeliest symbol collapses (Graves et al. 2006,
+    section 3.2): -aa-ab says "aab".
 
-
-def greedy_decode(log_probs: Tensor) -> list:
-    """Collapse the path of each output's likeliest symbol (Graves et al. 2006, section 3.2).
-
-    log_probs (T', V) of one clip, without padding -> its symbols.
+    log_probs (T', V) of one clip, without padding. The blank stands for no character.
     """
-    return collapse(log_probs.argmax(1).tolist())
+    path = log_probs.argmax(1).tolist()
+    return ''.join(alphabet[symbol] for symbol, _ in itertools.groupby(path))
 
 
 MOST_STEPS = 2_000_000_000  # of an alignment: a byte each
@@ -658,7 +655,7 @@ def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0) -> Transcrip
     network, alphabet, _, language_model = checkpoint
     mels, first_frame = data.features(wave)
     (log_probs,), _ = network(mels[None, None], torch.tensor([len(mels)]))        # (T', V)
-    text = data.decode(greedy_decode(log_probs), alphabet)
+    text = greedy_decode(log_probs, alphabet)
     if beam:
         text = beam_decode(log_probs, alphabet, language_model, beam)
     return Transcript(text, mels, first_frame * data.FRAME_SECONDS, log_probs, alphabet,
