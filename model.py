@@ -645,6 +645,20 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
                           CharacterModel(json.loads(saved['language_model'])))
 
 
+def make_network(settings: dict, alphabet: list, start: Checkpoint | None = None) -> Recogniser:
+    """A network of these settings (Config's are read), with the weights of a checkpoint to start
+    from, whose alphabet comes first in the new one: a new character's row of the head is drawn, the
+    others are taken over. Raises RuntimeError where the sizes differ otherwise."""
+    own = {name: settings[name] for name in Config.__dataclass_fields__}
+    network = Recogniser(Config(**own | {'vocab_size': len(alphabet)}))
+    if start:
+        weights = start.network.state_dict()
+        for name, drawn in network.head.state_dict(prefix='head.').items():
+            weights[name] = torch.cat([weights[name], drawn[len(start.alphabet):]])
+        network.load_state_dict(weights)
+    return network
+
+
 @torch.no_grad()
 def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0) -> Transcript:
     """What is heard in a wave (S,) at 16 kHz, as data.read_wave gives it.

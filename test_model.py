@@ -1870,7 +1870,7 @@ def effect(*flags):
     """What each fix changes, at the default settings: weights, lengths, optimiser, loop."""
     args = flags_of(*flags)
     torch.manual_seed(0)
-    network = train.make_network(['', 'a'], None, args)
+    network = model.make_network(vars(args), ['', 'a'])
     optimizer, schedule = train.make_optimizer(network, args, 100)
     group, = optimizer.param_groups
     lstm = network.recurrent[0].forward_lstm

@@ -312,10 +312,10 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
     batches = data.loader(Speech(utterances, alphabet),
                           data.evaluation_batches(utterances, batch_size), args.workers)
     for batch in data.progress(batches, 'scoring'):
-        outputs = network(batch.mels.to(args.device), batch.lengths.to(args.device))
-        log_probs, lengths = [x.cpu() for x in outputs]                     # (B, T', V), (B,)
-        loss = F.ctc_loss(log_probs.transpose(0, 1), batch.targets, lengths, batch.target_lengths,
-                          reduction='none') / batch.target_lengths
+        mels, lengths, targets, target_lengths = [x.to(args.device) for x in batch[:4]]
+        log_probs, lengths = network(mels, lengths)                         # (B, T', V), (B,)
+        loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths,
+                          reduction='none') / target_lengths
         losses += loss[~loss.isinf()].tolist()
         for i, clip, length in zip(batch.indices, log_probs, lengths):
             u, clip, spelled = utterances[i], clip[:length], ''
@@ -328,20 +328,11 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
     return mean(losses or [inf]), rows
 
 
-def rates_of(rows: Sequence, heard: str = 'heard') -> dict:
-    """monitor.error_rates of Rows, of what was heard greedily ('heard') or by beam search ('beam').
-    """
-    return monitor.error_rates([row.said for row in rows], [getattr(row, heard) for row in rows])
+# ---- the data of a run ---------------------------------------------------------------------------
 
-
-# ---- data and network of a run -------------------------------------------------------------------
-
-def read_data(known: Sequence, args: Namespace) -> tuple:
-    """The Splits for training, validation and test; of --overfit, training is validation too. And
-    what is to be remembered of them: alphabet (the known characters first), plateaus ...
-
-    Raises UserError that lists all that is broken.
-    """
+def read_data(args: Namespace) -> Splits:
+    """The utterances for training, validation and test; of --overfit, training is validation too.
+    Raises UserError that lists all that is broken."""
     paths = [args.train_data, args.valid_data, args.test_data]
     if not args.train_data and not args.evaluate:
         paths = [path or own for path, own in zip(paths, data.builtin_corpus().values())]
@@ -356,28 +347,11 @@ def read_data(known: Sequence, args: Namespace) -> tuple:
     if not (splits.test if args.evaluate else splits.train):
         raise UserError('no utterance is left that can be used; give more (to --evaluate, by '
                         '--test_data)')
-    if args.evaluate:
-        return splits, {}
     random.Random(args.seed).shuffle(splits.train)
     del splits.train[args.overfit or args.num_train_samples or len(splits.train):]
     if args.overfit:
         splits.valid[:] = splits.train
-    return splits, data.describe_corpus(splits, args.frames_per_output, known)
-
-
-def make_network(alphabet: list, start: Checkpoint | None, args: Namespace) -> model.Recogniser:
-    """The network of the flags, with the weights of a checkpoint to start from, whose alphabet
-    comes first in the new one: a new character's row of the head is drawn, the others are taken
-    over. Raises UserError."""
-    settings = {name: getattr(args, name) for name in vars(NETWORK)}
-    network = model.Recogniser(model.Config(**settings | {'vocab_size': len(alphabet)}))
-    if start:
-        weights = start.network.state_dict()
-        with error_at(f'--init_from {args.init_from}'):
-            for name, drawn in network.head.state_dict(prefix='head.').items():
-                weights[name] = torch.cat([weights[name], drawn[len(start.alphabet):]])
-            network.load_state_dict(weights)
-    return network
+    return splits
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -409,11 +383,11 @@ def save_log(log: list, config: dict, folder: Path) -> None:
     save(json.dumps(config, indent=1), folder / 'config.json')
 
 
-def epoch_loader(speech: Speech, passes: Sequence, args: Namespace) -> Sequence:
-    """The batches of these passes over the data, counted from 0, by their numbers and the seed
-    alone; of several processes, each has its share of every batch."""
+def epoch_loader(speech: Speech, epoch: int, passes: int, args: Namespace) -> Sequence:
+    """The batches of an epoch, from 0, of so many passes over the data, by seed and epoch alone; of
+    several processes, each has its share of every batch."""
     batches = [data.training_batches(speech, args.batch_size, number, RANK, RANKS)
-               for number in passes]
+               for number in range(epoch * passes, (epoch + 1) * passes)]
     return data.loader(speech, sum(batches, []), args.workers)
 
 
@@ -438,13 +412,14 @@ def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) ->
         torch.set_rng_state(state['random'])
     elif args.init_from and valid:
         config['start'] = [{'epoch': 0}]
-        sample = validate(checkpoint, valid, config['start'], args)
-        print('epoch   0: WER {wer:.2f} %, CER {cer:.2f} %'.format(**config['start'][0]) + sample)
+        validate(checkpoint, valid, config['start'], args)
+        print('epoch   0: WER {wer:.2f} %, CER {cer:.2f} %'.format(**config['start'][0]))
     trained = network
     if RANKS > 1:  # several processes average their gradients
         trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
                                                       find_unused_parameters=True)
     while True:
+        # Before the first epoch too. config.json comes last: where it is, a run can be resumed.
         state = {'optimizer': optimizer.state_dict(), 'schedule': schedule.state_dict(),
                  'random': torch.get_rng_state(),
                  'records': (log, losses, watch.calls, watch.findings)}
@@ -454,8 +429,7 @@ def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) ->
             return log
         start = time.time()
         before = parameters_to_vector(network.parameters())
-        done = len(log) * passes
-        batches = epoch_loader(speech, range(done, done + passes), args)
+        batches = epoch_loader(speech, len(log), passes, args)
         figures = train_epoch(trained, batches, optimizer, schedule, watch, args)
         change = (parameters_to_vector(network.parameters()) - before).norm() / before.norm()
         losses += figures['train_loss']
@@ -477,7 +451,8 @@ def validate(checkpoint: Checkpoint, valid: list, log: list, args: Namespace) ->
     if valid:
         loss, rows = evaluate(checkpoint, valid, args)
         lines = config['valid_plateaus']
-        rates = rates_of(rows)
+        _, said, heard, *_ = zip(*rows)
+        rates = monitor.error_rates(said, heard)
         scores = {'valid': rates}
         record |= {'valid_loss': loss, 'wer': rates['wer'], 'cer': rates['cer']}
         row = rows[record['epoch'] % len(rows)]
@@ -500,7 +475,7 @@ def finish(checkpoint: Checkpoint, splits: Splits, args: Namespace) -> None:
     """
     folder = Path(args.run_dir)
     known = {u.text for u in splits.train}
-    results, examples = {}, splits.train[:1]
+    results, example = {}, (splits.train or splits.test)[0]
     for split, utterances in ('valid', splits.valid), ('test', splits.test):
         if not utterances:
             continue
@@ -518,12 +493,13 @@ def finish(checkpoint: Checkpoint, splits: Splits, args: Namespace) -> None:
         if 0 < len(new) < len(rows):  # a language model knows the others by heart
             scored[f'{split}, sentences new to training'] = new
         for name, part in scored.items():
-            rates = {name: rates_of(part), f'{name}, beam search': rates_of(part, 'beam')}
+            _, said, heard, spelled, _ = zip(*part)
+            rates = {name: monitor.error_rates(said, heard),
+                     f'{name}, beam search': monitor.error_rates(said, spelled)}
             monitor.print_scores(rates)
             results |= rates
-        right = [u for u, row in zip(utterances, rows) if row.said == row.heard]
-        examples = right or utterances[:1]
-    example = max(examples, key=lambda u: len(u.text))
+        longest = max(rows, key=lambda row: (row.said == row.heard) * len(row.said))  # if right
+        example = utterances[rows.index(longest)]
     wave = data.resample(*data.load_utterance(example), data.SAMPLE_RATE)
     with data.whole_file(folder / 'clip.wav') as part:
         soundfile.write(part, wave.numpy(), data.SAMPLE_RATE)
@@ -556,7 +532,7 @@ def benchmark(checkpoint: Checkpoint, speech: Speech, args: Namespace) -> None:
     network, clips = checkpoint.network, speech.utterances
     del clips[40 * args.batch_size:]
     seconds = sum(u.duration for u in clips)
-    batches = epoch_loader(speech, [0], args)
+    batches = epoch_loader(speech, 0, 1, args)
     learning = *make_optimizer(network, args, 2 * len(batches)), watch_network(network)
     works = {
         'features': lambda: list(batches),
@@ -583,6 +559,12 @@ def join_processes(args: Namespace) -> None:
         sys.stdout = None
 
 
+def make_folder(folder: Path) -> None:
+    """A run folder that was not there before. Raises UserError."""
+    with error_at('--run_dir'):
+        folder.mkdir(parents=True)
+
+
 def run(args: Namespace, start: Checkpoint | None) -> None:
     """Train and score as the flags say, from a checkpoint or from nothing. Raises UserError,
     OSError."""
@@ -595,30 +577,34 @@ def run(args: Namespace, start: Checkpoint | None) -> None:
     join_processes(args)
     for setting in undone_fixes(args):
         print(f'without a fix: {setting} {getattr(args, setting)}')
-    splits, corpus = read_data(start.alphabet if start else [''], args)
-    config = {'flags': vars(args), 'start': []} | corpus
-    if args.resume and start.run['digest'] != corpus['digest']:
-        raise UserError(f'--resume {args.resume}: the texts or durations of its data have changed')
-    checkpoint = start
-    if not args.resume and not args.evaluate:
-        alphabet = corpus['alphabet']
-        checkpoint = Checkpoint(make_network(alphabet, start, args), alphabet, config,
+    splits = read_data(args)
+    folder = Path(args.run_dir)
+    if args.evaluate:
+        make_folder(folder)
+        save_log([], {'flags': vars(args)}, folder)
+        finish(start, splits, args)
+        return
+    known = start.alphabet if start else ['']
+    corpus = data.describe_corpus(splits, args.frames_per_output, known)
+    print(monitor.legend(corpus['plateaus']))
+    if args.resume:
+        checkpoint = start
+        if corpus['digest'] != start.run['digest']:
+            raise UserError(f'--resume {folder}: the texts or durations of its data have changed')
+    else:
+        with error_at(f'--init_from {args.init_from}'):
+            network = model.make_network(vars(args), corpus['alphabet'], start)
+        checkpoint = Checkpoint(network, corpus['alphabet'],
+                                {'flags': vars(args), 'start': []} | corpus,
                                 model.CharacterModel.of_texts(u.text for u in splits.train))
     checkpoint.network.to(args.device)
-    folder = Path(args.run_dir)
     speech = Speech(splits.train, checkpoint.alphabet, args.frames_per_output, args.seed,
                     args.spec_augment, speed_perturb=not args.overfit, concat=args.concat)
     if args.benchmark:
         benchmark(checkpoint, speech, args)
         return
     if not RANK and not args.resume:
-        with error_at('--run_dir'):
-            folder.mkdir(parents=True)
-    if args.evaluate:
-        save_log([], config, folder)
-        finish(start, splits, args)
-        return
-    print(monitor.legend(config['plateaus']))
+        make_folder(folder)
     go_on = f'; to go on: python train.py --resume {shlex.quote(args.run_dir)}'
     with monitor.one_line_ends('train.py', go_on):
         log = fit(checkpoint, speech, splits.valid, args)
