@@ -8,10 +8,10 @@
     python train.py --evaluate best.pt --test_data my/test.tsv
 
 A run folder holds config.json (flags, plateau lines), log.jsonl (one JSON object an epoch), best.pt
-(lowest validation WER), state.pt (all that an epoch hands on to the next), and at the end
-results.json (error rates), what was said and heard (valid.tsv, test.tsv) and clip.wav, a recording
-to transcribe. Losses are CTC in nats per label: each utterance's negative log-likelihood divided by
-its number of labels, averaged over utterances.
+(lowest validation WER), state.pt (the last checkpoint, with all that an epoch hands on to the
+next), and at the end results.json (error rates), what was said and heard (valid.tsv, test.tsv) and
+clip.wav, a recording to transcribe. Losses are CTC in nats per label: each utterance's negative
+log-likelihood divided by its number of labels, averaged over utterances.
 
 References: Smith & Topin 2019 (OneCycle); Loshchilov & Hutter 2019 (AdamW); Lee & Watanabe 2021
 (intermediate CTC).
@@ -26,7 +26,6 @@ import timeit
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict, namedtuple
 from collections.abc import Sequence
-from dataclasses import asdict
 from math import ceil, inf
 from pathlib import Path
 from statistics import mean
@@ -196,13 +195,13 @@ def make_parser() -> ArgumentParser:
                        help='take every fix back but these')
     # The number of threads decides in which order numbers are added, and so the last bits: a run
     # keeps its own. More than 8 gain little, and all wait for the slowest.
-    parser.set_defaults(**asdict(NETWORK), threads=min(8, torch.get_num_threads()))
+    parser.set_defaults(**vars(NETWORK), threads=min(8, torch.get_num_threads()))
     return parser
 
 
 def parse_flags(argv: Sequence | None = None) -> tuple:
-    """The flags, and the Checkpoint that the run starts from, or None: of --resume, which brings
-    its run's own flags, or of --init_from, which brings its network's.
+    """The flags, and the Checkpoint that the run starts from, or None: that of --resume, which
+    brings its run's own flags, or of --init_from or --evaluate, which bring their network's.
 
     What --undo takes back becomes the default. Raises UserError.
     """
