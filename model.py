@@ -410,20 +410,19 @@ def init_weights(model: Recogniser) -> None:
 # "aa" needs the path a-a: without the blank, the two would merge. F.ctc_loss sums over all paths by
 # dynamic programming; test_ctc_loss_against_all_paths lists them instead, and finds the same loss.
 
-def collapse(path: Iterable) -> list:
-    """Merge a path's repeats, then drop its blanks: [0, 1, 1, 0, 1, 2] -> [1, 1, 2]."""
-    return [symbol for symbol, _ in itertools.groupby(path) if symbol]
+def greedy_decode(log_probs: Tensor, alphabet: list) -> str:
+    """The text to which the path of each output's likeliest symbol collapses (Graves et al. 2006,
+    section 3.2): -aa-ab says "aab".
+
+    log_probs (T', V) of one clip, without padding. The blank stands for no character.
+    """
+    path = log_probs.argmax(1).tolist()
+    return ''.join(alphabet[symbol] for symbol, _ in itertools.groupby(path))
 
 
 def show_path(symbols: Iterable, alphabet: list) -> str:
     """The symbols of outputs for the eye: the space as _, the blank as -."""
     return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in symbols)
-
-
-def greedy_decode(log_probs: Tensor, alphabet: list) -> str:
-    """The text that the path of each output's likeliest symbol collapses to (Graves et al. 2006,
-    section 3.2). log_probs (T', V) of one clip, without padding."""
-    return ''.join(alphabet[symbol] for symbol in collapse(log_probs.argmax(1).tolist()))
 
 
 MOST_STEPS = 2_000_000_000  # of an alignment: a byte each
@@ -651,6 +650,20 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
                           CharacterModel(json.loads(saved['language_model'])))
 
 
+def make_network(settings: dict, alphabet: list, start: Checkpoint | None = None) -> Recogniser:
+    """A network of these settings (Config's are read), with the weights of a checkpoint to start
+    from, whose alphabet comes first in the new one: a new character's row of the head is drawn, the
+    others are taken over. Raises RuntimeError where the sizes differ otherwise."""
+    own = {name: settings[name] for name in Config.__dataclass_fields__}
+    network = Recogniser(Config(**own | {'vocab_size': len(alphabet)}))
+    if start:
+        weights = start.network.state_dict()
+        for name, drawn in network.head.state_dict(prefix='head.').items():
+            weights[name] = torch.cat([weights[name], drawn[len(start.alphabet):]])
+        network.load_state_dict(weights)
+    return network
+
+
 @torch.no_grad()
 def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0) -> Transcript:
     """What is heard in a wave (S,) at 16 kHz, as data.read_wave gives it.
@@ -691,7 +704,7 @@ def plot_clip(heard: Transcript, path: str) -> None:
     end = heard.start + len(heard.mels) * data.FRAME_SECONDS
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(10, 4.5),
                                              layout='constrained')
-    above.imshow(heard.mels.T.numpy(), origin='lower', aspect='auto',
+    above.imshow(heard.mels.T, origin='lower', aspect='auto',
                  extent=(heard.start, end, 0, data.N_MELS))
     above.set_ylabel('mel band')
     for word in heard.words:

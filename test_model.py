@@ -135,6 +135,12 @@ def read_results(folder):
     return monitor.read_run(folder)['results']
 
 
+def flags_of(*flags):
+    """All flags of train.py, where these are given."""
+    args, _ = train.parse_flags(flags)
+    return args
+
+
 def trained(folder, *flags):
     """python train.py with these flags -> its run folder."""
     train.main([*map(str, flags), f'--run_dir={folder}'])
@@ -1728,7 +1734,7 @@ def test_two_samples_are_learnt(tmp_path):
     alphabet = data.make_alphabet(utterances)
     batch, = data.loader(data.Speech(utterances, alphabet), [[(0, 0), (0, 1)]])
     network = make_network(len(alphabet))
-    optimizer, schedule = train.make_optimizer(network, train.parse_flags([]), 45)
+    optimizer, schedule = train.make_optimizer(network, flags_of(), 45)
     losses = []
     for _ in range(45):
         loss, _, lengths = ctc_loss_of(network, batch)
@@ -1757,7 +1763,7 @@ def test_the_loss_falls_every_epoch(whole):
 
 def learning_rates(updates, *flags):
     """The learning rate of each update."""
-    optimizer, schedule = train.make_optimizer(nn.Linear(2, 2), train.parse_flags(flags), updates)
+    optimizer, schedule = train.make_optimizer(nn.Linear(2, 2), flags_of(*flags), updates)
     rates = []
     for _ in range(updates):
         rates.append(optimizer.param_groups[0]['lr'])
@@ -1823,7 +1829,7 @@ def test_a_share_of_the_loss_is_the_first_layers(tiny):
     ('--frames_per_output=3', '(choose from 1, 2, 4)'),
     ('--undo=luck', 'forget_bias'), ('--device=abacus', 'abacus'),
     ('--undo=all --only=dropout', 'not allowed with'), ('--init_from=none.pt', 'none.pt'),
-    ('--evaluate=none.pt', '--test_data'), ('--train_data=no.tsv', 'no.tsv'),
+    ('--evaluate=none.pt', 'none.pt'), ('--train_data=no.tsv', 'no.tsv'),
     ('--resume=runs/it', 'it takes --resume, --device, ')])
 def test_bad_flags_end_in_a_message(flag, words, corpus, tmp_path, capsys):
     message = exit_code(train.main, *corpus, '--run_dir', tmp_path / 'run', *flag.split())
@@ -1861,9 +1867,9 @@ def test_features_and_weights_are_frozen(corpus, tmp_path):
 
 def effect(*flags):
     """What each fix changes, at the default settings: weights, lengths, optimiser, loop."""
-    args = train.parse_flags(flags)
+    args = flags_of(*flags)
     torch.manual_seed(0)
-    network = train.make_network(['', 'a'], None, args)
+    network = model.make_network(vars(args), ['', 'a'])
     optimizer, schedule = train.make_optimizer(network, args, 100)
     group, = optimizer.param_groups
     lstm = network.recurrent[0].forward_lstm
@@ -1895,7 +1901,7 @@ def test_undoing_a_fix_changes_what_it_is_about(name):
     ('--only dropout', {*train.FIXES} - {'dropout'})])
 def test_fixes_are_taken_back(flags, undone):
     """By groups, one by one, or all but some; a flag that is given is heard."""
-    args, today = map(train.parse_flags, (flags.split(), []))
+    args, today = flags_of(*flags.split()), flags_of()
     for name, (setting, before, _) in train.FIXES.items():
         expected = before if name in undone else getattr(today, setting)
         assert getattr(args, setting) == expected, name
@@ -1997,7 +2003,8 @@ def survive(flags, uninterrupted, folder, kill_signal, rng, kills):
         err = kill(command, folder, kill_signal, rng)
         assert err.count('\n') <= 1, err
         command = ['--resume', folder]
-    train.main([f'--resume={folder}'])
+    with contextlib.suppress(SystemExit):  # by which it says that it was finished
+        train.main([f'--resume={folder}'])
     expected = outcome(uninterrupted)
     for name, content in outcome(folder).items():
         assert content == expected.get(name), name
@@ -2039,13 +2046,13 @@ def stopped(tmp_path, monkeypatch):
     return tmp_path / 'run'
 
 
-def test_a_resumed_run_trains_what_is_left_and_says_that_it_is_finished(stopped, printed):
+def test_a_resumed_run_trains_what_is_left_and_says_that_it_is_finished(stopped, capsys):
     """Without validation, the last epoch is kept."""
     train.main([f'--resume={stopped}', '--workers=1'])
-    assert 'epoch   1' not in printed()
+    assert 'epoch   1' not in capsys.readouterr().out
     (stopped.parent / 'corpus/manifest.jsonl').unlink()  # it needs no data any more
-    train.main([f'--resume={stopped}'])
-    assert 'is finished: nothing is left to do' in printed()
+    assert exit_code(train.main, '--resume', stopped) == 0
+    assert 'is finished: nothing is left to do' in capsys.readouterr().err
     assert checkpoint_of(stopped).run['epoch'] == 3
 
 
@@ -2065,7 +2072,7 @@ def test_a_resumed_run_is_the_one_that_was_stopped(stopped):
     manifest.write_text(rows)
     (stopped / 'state.pt').write_bytes(b'x')
     assert f'{stopped / "state.pt"}: cannot be used' in exit_code(train.main, '--resume', stopped)
-    assert '--resume: nowhere: cannot be used' in exit_code(train.main, '--resume=nowhere')
+    assert 'nowhere/state.pt: cannot be used' in exit_code(train.main, '--resume=nowhere')
 
 
 # ---- train: weights of another run, scoring, --overfit -------------------------------------------
@@ -2099,8 +2106,9 @@ def test_best_pt_is_never_worse_than_what_a_run_starts_from(by_heart, tmp_path):
 
 def test_overfit_learns_by_heart_and_a_checkpoint_is_scored(by_heart, tmp_path):
     """Training stops once all is learnt; --evaluate hears what the run heard."""
-    run = trained(tmp_path / 'score', '--evaluate', by_heart / 'best.pt',
-                  '--test_data', by_heart.parent / 'manifest.jsonl')
+    flags = ['--evaluate', by_heart / 'best.pt']
+    assert 'by --test_data' in exit_code(train.main, *flags, '--run_dir', tmp_path / 'score')
+    run = trained(tmp_path / 'score', *flags, '--test_data', by_heart.parent / 'manifest.jsonl')
     assert 50 <= read_log(by_heart)[-1]['updates'] < 7 * 50
     assert read_results(run)['test, beam search']['wer'] == 0
     rows = [line.split('\t')[:4] for line in (run / 'test.tsv').read_text().splitlines()]
@@ -2113,7 +2121,7 @@ def test_overfit_learns_by_heart_and_a_checkpoint_is_scored(by_heart, tmp_path):
 def test_overfit_says_what_was_not_learnt(phase, advice):
     record = {'cer': 6.6, 'phase': phase, 'updates': 350, 'epoch': 7}
     with pytest.raises(monitor.UserError, match=f'NOT LEARNT.*CER 6.6 %.*{advice}'):
-        train.report_overfit(record, train.parse_flags(['--run_dir=runs/it']))
+        train.report_overfit(record, flags_of('--run_dir=runs/it'))
 
 
 # ---- train: two processes, and speed -------------------------------------------------------------

@@ -8,10 +8,10 @@
     python train.py --evaluate best.pt --test_data my/test.tsv
 
 A run folder holds config.json (flags, plateau lines), log.jsonl (one JSON object an epoch), best.pt
-(lowest validation WER), state.pt (all that an epoch hands on to the next), and at the end
-results.json (error rates), what was said and heard (valid.tsv, test.tsv) and clip.wav, a recording
-to transcribe. Losses are CTC in nats per label: each utterance's negative log-likelihood divided by
-its number of labels, averaged over utterances.
+(lowest validation WER), state.pt (the last checkpoint, with all that an epoch hands on to the
+next), and at the end results.json (error rates), what was said and heard (valid.tsv, test.tsv) and
+clip.wav, a recording to transcribe. Losses are CTC in nats per label: each utterance's negative
+log-likelihood divided by its number of labels, averaged over utterances.
 
 References: Smith & Topin 2019 (OneCycle); Loshchilov & Hutter 2019 (AdamW); Lee & Watanabe 2021
 (intermediate CTC).
@@ -26,7 +26,6 @@ import timeit
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict, namedtuple
 from collections.abc import Sequence
-from dataclasses import asdict
 from math import ceil, inf
 from pathlib import Path
 from statistics import mean
@@ -196,31 +195,39 @@ def make_parser() -> ArgumentParser:
                        help='take every fix back but these')
     # The number of threads decides in which order numbers are added, and so the last bits: a run
     # keeps its own. More than 8 gain little, and all wait for the slowest.
-    parser.set_defaults(**asdict(NETWORK), threads=min(8, torch.get_num_threads()))
+    parser.set_defaults(**vars(NETWORK), threads=min(8, torch.get_num_threads()))
     return parser
 
 
-def parse_flags(argv: Sequence | None = None) -> Namespace:
-    """The flags; what --undo takes back becomes the default, --resume brings a run's own. Raises
-    UserError."""
+def parse_flags(argv: Sequence | None = None) -> tuple:
+    """The flags, and the Checkpoint that the run starts from, or None: that of --resume, which
+    brings its run's own flags, or of --init_from or --evaluate, which bring their network's.
+
+    What --undo takes back becomes the default. Raises UserError.
+    """
     parser = make_parser()
     args = parser.parse_args(argv)
     if '' in vars(args).values():
         parser.error('a flag has an empty value')
     if args.overfit or args.evaluate:
         parser.set_defaults(valid_data='none', test_data='none')
-    if args.init_from:  # its network; the usual learning rate unlearns what is there
-        parser.set_defaults(learning_rate=5e-5,
-                            **asdict(model.load_checkpoint(args.init_from).network.config))
-    parser.set_defaults(**undone_fixes(args))
+    # Before the first network is made, as for a checkpoint. Each process has dropout of its own;
+    # DistributedDataParallel gives all the same weights.
+    torch.manual_seed(args.seed + RANK)
+    start = None
     if args.resume:
         typed = {word.partition('=')[0] for word in argv or sys.argv if word.startswith('--')}
         if typed.difference(RESUMED):
             parser.error(f'--resume has the flags of its run; it takes {", ".join(RESUMED)}')
-        with error_at('--resume'):
-            config = monitor.read_run(args.resume)['config']
-        parser.set_defaults(**config['flags'] | {'run_dir': args.resume})
-    return parser.parse_args(argv)
+        if Path(args.resume, 'results.json').exists():
+            parser.exit(message=f'{args.resume} is finished: nothing is left to do\n')
+        start = model.load_checkpoint(Path(args.resume, 'state.pt'))
+        parser.set_defaults(**start.run['flags'] | {'run_dir': args.resume})
+    elif args.init_from or args.evaluate:  # the usual learning rate unlearns what is there
+        start = model.load_checkpoint(args.evaluate or args.init_from)
+        parser.set_defaults(learning_rate=5e-5, **vars(start.network.config))
+    parser.set_defaults(**undone_fixes(args))
+    return parser.parse_args(argv), start
 
 
 # ---- training and evaluation ---------------------------------------------------------------------
@@ -315,9 +322,8 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
     batches = evaluation_batches(utterances, batch_size)
     loader = data.loader(Speech(utterances, alphabet), batches, args.workers)
     for batch, items in zip(monitor.progress(loader, 'scoring'), batches):
-        mels, lengths, targets, target_lengths = batch
-        outputs = network(mels.to(args.device), lengths.to(args.device))
-        log_probs, lengths = [x.cpu() for x in outputs]                     # (B, T', V), (B,)
+        mels, lengths, targets, target_lengths = [x.to(args.device) for x in batch]
+        log_probs, lengths = network(mels, lengths)                         # (B, T', V), (B,)
         loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths,
                           reduction='none') / target_lengths
         losses += loss[~loss.isinf()].tolist()
@@ -332,13 +338,7 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
     return mean(losses or [inf]), rows
 
 
-def rates_of(rows: Sequence, heard: str = 'heard') -> dict:
-    """monitor.error_rates of Rows, of what was heard greedily ('heard') or by beam search ('beam').
-    """
-    return monitor.error_rates([row.said for row in rows], [getattr(row, heard) for row in rows])
-
-
-# ---- data and network of a run -------------------------------------------------------------------
+# ---- the data of a run ---------------------------------------------------------------------------
 
 def read_data(args: Namespace) -> Splits:
     """The utterances for training, validation and test; of --overfit, training is validation too.
@@ -364,50 +364,13 @@ def read_data(args: Namespace) -> Splits:
     return splits
 
 
-def make_network(alphabet: list, start: Checkpoint | None, args: Namespace) -> model.Recogniser:
-    """The network of the flags, with the weights of a checkpoint to start from, whose alphabet
-    comes first in the new one: a new character's row of the head is drawn, the others are taken
-    over. Raises UserError."""
-    settings = {name: getattr(args, name) for name in asdict(NETWORK)}
-    network = model.Recogniser(model.Config(**settings | {'vocab_size': len(alphabet)}))
-    if start:
-        weights = start.network.state_dict()
-        with error_at(f'--init_from {args.init_from}'):
-            for name, drawn in network.head.state_dict(prefix='head.').items():
-                weights[name] = torch.cat([weights[name], drawn[len(start.alphabet):]])
-            network.load_state_dict(weights)
-    return network.to(args.device)
-
-
-def prepare(splits: Splits, args: Namespace) -> Checkpoint:
-    """The checkpoint of a run before it trains; what it says of its run becomes config.json. What
-    it starts from is scored as epoch 0. Raises UserError."""
-    known, start = {'alphabet': [''], 'start': []}, None
-    if args.resume:
-        known = monitor.read_run(args.resume)['config']
-    if args.init_from and not Path(args.run_dir, 'state.pt').exists():
-        start = model.load_checkpoint(args.init_from)
-        known['alphabet'] = start.alphabet
-    config = known | {'flags': vars(args)} | data.describe_corpus(
-        splits, args.frames_per_output, known['alphabet'])
-    alphabet = config['alphabet']
-    if args.resume and known['digest'] != config['digest']:
-        raise UserError(f'--resume {args.resume}: the texts or durations of its data have changed')
-    checkpoint = Checkpoint(make_network(alphabet, start, args), alphabet, config,
-                            model.CharacterModel.of_texts(u.text for u in splits.train))
-    if start and splits.valid:
-        _, rows = evaluate(checkpoint, splits.valid, args)
-        rates = rates_of(rows)
-        config['start'] = [{'epoch': 0, 'scores': {'valid': rates}, **rates}]
-        monitor.print_scores({'epoch   0': rates})
-    return checkpoint
-
-
 # ---- learning ------------------------------------------------------------------------------------
 
 def save(content: object, path: Path) -> None:
-    """Write a text, or a dict of plain data and tensors, all of it or nothing. Raises
-    UserError."""
+    """Write a text, or a dict of plain data and tensors, all of it or nothing; of several processes
+    the first does. Raises UserError."""
+    if RANK:
+        return
     with monitor.whole_file(path) as part:
         if isinstance(content, str):
             part.write_text(content, encoding='utf-8')
@@ -415,34 +378,25 @@ def save(content: object, path: Path) -> None:
             torch.save(content, part)
 
 
-def save_checkpoint(checkpoint: Checkpoint, epoch: dict, folder: Path) -> None:
-    """Save best.pt, a plain dict that model.load_checkpoint reads. epoch: its number, and scores.
+def save_checkpoint(checkpoint: Checkpoint, known: dict, path: Path) -> None:
+    """Save a plain dict that model.load_checkpoint reads. known: of the run, besides its config.
     Raises UserError."""
     network, alphabet, config, language_model = checkpoint
-    save({'format': model.FORMAT, 'config': asdict(network.config), 'alphabet': alphabet,
+    save({'format': model.FORMAT, 'config': vars(network.config), 'alphabet': alphabet,
           'model': network.state_dict(), 'language_model': json.dumps(language_model.counts),
-          'run': config | epoch}, folder / 'best.pt')
+          'run': config | known}, path)
 
 
-def load_state(path: Path, learning: dict) -> tuple:
-    """Load state.pt into network, optimizer and schedule -> the run's records: log, losses by
-    update, the watch's calls and findings. Raises UserError."""
-    if not path.exists():
-        return [], [], [], []
-    with error_at(path):
-        state = torch.load(path, weights_only=True, map_location='cpu')
-        for name, part in learning.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state['random'])
-        return state['records']
+def save_log(log: list, config: dict, folder: Path) -> None:
+    """Save what monitor.read_run reads of a run at work. Raises UserError."""
+    save(''.join(json.dumps(record) + '\n' for record in log), folder / 'log.jsonl')
+    save(json.dumps(config, indent=1), folder / 'config.json')
 
 
-def epoch_loader(speech: Speech, epoch: int, args: Namespace) -> Sequence:
-    """The batches of an epoch, from 0, by seed and epoch alone: one pass over the data; with
-    --overfit as many passes as make 50 updates."""
-    passes = ceil(50 / ceil(len(speech.utterances) / args.batch_size)) if args.overfit else 1
-    batches = [data.training_batches(speech, args.batch_size, done)
-               for done in range(epoch * passes, (epoch + 1) * passes)]
+def epoch_loader(speech: Speech, epoch: int, passes: int, args: Namespace) -> Sequence:
+    """The batches of an epoch, from 0, of so many passes over the data, by seed and epoch alone."""
+    batches = [data.training_batches(speech, args.batch_size, number)
+               for number in range(epoch * passes, (epoch + 1) * passes)]
     # Of several processes, each takes its share of every batch; one without a share repeats the
     # batch's first utterance.
     shares = [batch[RANK::RANKS] or batch[:1] for batch in sum(batches, [])]
@@ -450,70 +404,81 @@ def epoch_loader(speech: Speech, epoch: int, args: Namespace) -> Sequence:
 
 
 def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) -> list:
-    """Train on speech, validate, record, save and report, epoch by epoch, from the first that
-    state.pt lacks -> the log, a record of each epoch.
+    """Train on speech, validate, record, save and report, epoch by epoch, from the first that is
+    not done -> the log, a record of each epoch.
 
     state.pt is all that an epoch hands on to the next, so a killed run ends with the weights of an
-    uninterrupted one (of one process, on a CPU). It is written last: killed before that, the epoch
-    is made again, with the same result. Raises UserError, OSError."""
+    uninterrupted one (of one process, on a CPU). Killed before it is written, an epoch is made
+    again, with the same result. Raises UserError, OSError."""
     network, _, config, _ = checkpoint
     folder = Path(args.run_dir)
-    updates = args.epochs * len(epoch_loader(speech, 0, args))
-    optimizer, schedule = make_optimizer(network, args, updates)
-    learning = {'network': network, 'optimizer': optimizer, 'schedule': schedule}
+    updates = ceil(len(speech.utterances) / args.batch_size)  # in one pass over the data
+    passes = ceil(50 / updates) if args.overfit else 1        # in an epoch
+    optimizer, schedule = make_optimizer(network, args, args.epochs * passes * updates)
     watch = watch_network(network)
-    log, losses, watch.calls, watch.findings = load_state(folder / 'state.pt', learning)
+    state = config.pop('state', {'records': ([], [], [], [])})
+    log, losses, watch.calls, watch.findings = state['records']
+    if args.resume:
+        optimizer.load_state_dict(state['optimizer'])
+        schedule.load_state_dict(state['schedule'])
+        torch.set_rng_state(state['random'])
+    elif args.init_from and valid:
+        config['start'] = [{'epoch': 0}]
+        validate(checkpoint, valid, config['start'], args)
+        print('epoch   0: WER {wer:.2f} %, CER {cer:.2f} %'.format(**config['start'][0]))
     trained = network
     if RANKS > 1:  # several processes average their gradients
         trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
                                                       find_unused_parameters=True)
-    if config['start'] and not log and not RANK:
-        save_checkpoint(checkpoint, config['start'][0], folder)
-    while len(log) < args.epochs and not (args.overfit and log and log[-1]['cer'] == 0):
+    while True:
+        # Before the first epoch too. config.json comes last: where it is, a run can be resumed.
+        state = {'optimizer': optimizer.state_dict(), 'schedule': schedule.state_dict(),
+                 'random': torch.get_rng_state(),
+                 'records': (log, losses, watch.calls, watch.findings)}
+        save_checkpoint(checkpoint, {'state': state}, folder / 'state.pt')
+        save_log(log, config, folder)
+        if len(log) == args.epochs or args.overfit and log and log[-1]['cer'] == 0:
+            return log
         start = time.time()
         before = parameters_to_vector(network.parameters())
-        batches = epoch_loader(speech, len(log), args)
+        batches = epoch_loader(speech, len(log), passes, args)
         figures = train_epoch(trained, batches, optimizer, schedule, watch, args)
         change = (parameters_to_vector(network.parameters()) - before).norm() / before.norm()
         losses += figures['train_loss']
-        record = {'epoch': len(log) + 1, 'updates': len(losses),
-                  'seconds': time.time() - start + (log[-1]['seconds'] if log else 0),
-                  'weight_change': change.item(), 'warnings': watch.findings,
-                  **{name: mean(values) for name, values in figures.items()},
-                  **monitor.plateaus_left(losses, config['plateaus'])}
-        log.append(record)
-        if RANK:
-            continue  # the first process validates, saves and prints
-        scores, sample = validate(checkpoint, valid, record, args)
-        lines = config['valid_plateaus' if valid else 'plateaus']
-        loss = record.get('valid_loss', record['train_loss'])
-        record['phase'] = monitor.name_phase(loss, lines)
-        if monitor.best_epoch(config['start'] + log) is record:
-            save_checkpoint(checkpoint, {'epoch': len(log), 'scores': scores}, folder)
-        save('\n'.join(map(json.dumps, log)) + '\n', folder / 'log.jsonl')
-        state = {name: part.state_dict() for name, part in learning.items()}
-        save(state | {'random': torch.get_rng_state(),
-                      'records': (log, losses, watch.calls, watch.findings)}, folder / 'state.pt')
-        print(monitor.epoch_line(record) + sample, flush=True)
-    return log
+        log.append({'epoch': len(log) + 1, 'updates': len(losses),
+                    'seconds': time.time() - start + (log[-1]['seconds'] if log else 0),
+                    'weight_change': change.item(), 'warnings': watch.findings,
+                    **{name: mean(values) for name, values in figures.items()},
+                    **monitor.plateaus_left(losses, config['plateaus'])})
+        sample = validate(checkpoint, valid, log, args)
+        print(monitor.epoch_line(log[-1]) + sample, flush=True)
 
 
-def validate(checkpoint: Checkpoint, valid: list, record: dict, args: Namespace) -> tuple:
-    """Score after an epoch, and add what that says to its record of the log -> scores, and lines
-    for the screen: an utterance, another one after each epoch. Both empty without validation data.
-    """
-    if not valid:
-        return {}, ''
-    loss, rows = evaluate(checkpoint, valid, args)
-    rates = rates_of(rows)
-    record |= {'valid_loss': loss, 'wer': rates['wer'], 'cer': rates['cer']}
-    row = rows[record['epoch'] % len(rows)]
-    return {'valid': rates}, f'\n     said {row.said}\n    heard {row.heard}\n          {row.path}'
+def validate(checkpoint: Checkpoint, valid: list, log: list, args: Namespace) -> str:
+    """Score after an epoch, add what that says to its record, the last of the log, and keep the
+    best as best.pt -> lines for the screen: an utterance, another one after each epoch."""
+    record, config = log[-1], checkpoint.run
+    loss, lines = record.get('train_loss'), config['plateaus']
+    scores, sample = {}, ''
+    if valid:
+        loss, rows = evaluate(checkpoint, valid, args)
+        lines = config['valid_plateaus']
+        _, said, heard, *_ = zip(*rows)
+        rates = monitor.error_rates(said, heard)
+        scores = {'valid': rates}
+        record |= {'valid_loss': loss, 'wer': rates['wer'], 'cer': rates['cer']}
+        row = rows[record['epoch'] % len(rows)]
+        sample = f'\n     said {row.said}\n    heard {row.heard}\n          {row.path}'
+    record['phase'] = monitor.name_phase(loss, lines)
+    if monitor.best_epoch(config['start'] + log) is record:
+        save_checkpoint(checkpoint, {'epoch': record['epoch'], 'scores': scores},
+                        Path(args.run_dir, 'best.pt'))
+    return sample
 
 
 # ---- the end of a run ----------------------------------------------------------------------------
 
-def finish(path: object, splits: Splits, args: Namespace) -> None:
+def finish(checkpoint: Checkpoint, splits: Splits, args: Namespace) -> None:
     """Score a checkpoint on validation and test, greedily and by beam search, all utterances and
     those whose text training lacks; write the results, what was said and heard, and a clip.
 
@@ -521,14 +486,12 @@ def finish(path: object, splits: Splits, args: Namespace) -> None:
     a telephone. Raises UserError, OSError.
     """
     folder = Path(args.run_dir)
-    checkpoint = model.load_checkpoint(path)
-    alphabet = checkpoint.alphabet
     known = {u.text for u in splits.train}
-    results, examples = {}, splits.train[:1]
+    results, example = {}, (splits.train or splits.test)[0]
     for split, utterances in ('valid', splits.valid), ('test', splits.test):
         if not utterances:
             continue
-        unseen = data.make_alphabet(utterances, alphabet)[len(alphabet):]
+        unseen = sorted({*''.join(u.text for u in utterances)}.difference(checkpoint.alphabet))
         if unseen:
             print('characters that training lacks, each counted as an error:', *unseen)
         narrow = sum(u.narrow for u in utterances)
@@ -542,20 +505,21 @@ def finish(path: object, splits: Splits, args: Namespace) -> None:
         if 0 < len(new) < len(rows):  # a language model knows the others by heart
             scored[f'{split}, sentences new to training'] = new
         for name, part in scored.items():
-            rates = {name: rates_of(part), f'{name}, beam search': rates_of(part, 'beam')}
+            _, said, heard, spelled, _ = zip(*part)
+            rates = {name: monitor.error_rates(said, heard),
+                     f'{name}, beam search': monitor.error_rates(said, spelled)}
             monitor.print_scores(rates)
             results |= rates
-        right = [u for u, row in zip(utterances, rows) if row.said == row.heard]
-        examples = right or utterances[:1]
-    example = max(examples, key=lambda u: len(u.text))
+        longest = max(rows, key=lambda row: (row.said == row.heard) * len(row.said))  # if right
+        example = utterances[rows.index(longest)]
     wave = data.resample(*data.load_utterance(example))
     with monitor.whole_file(folder / 'clip.wav') as part:
         soundfile.write(part, wave.numpy(), data.SAMPLE_RATE)
     # results.json says that the run is finished, so it comes last.
     save(json.dumps(results, indent=1), folder / 'results.json')
     (folder / 'state.pt').unlink(missing_ok=True)
-    command = [sys.orig_argv[0], os.path.relpath(model.__file__), path, folder / 'clip.wav',
-               '--beam', model.BEAM]
+    command = [sys.orig_argv[0], os.path.relpath(model.__file__),
+               args.evaluate or folder / 'best.pt', folder / 'clip.wav', '--beam', model.BEAM]
     print(f'results in {folder}; to transcribe a clip ("{example.text}"):\n   ',
           shlex.join(map(str, command)))
 
@@ -577,15 +541,14 @@ def report_overfit(last: dict, args: Namespace) -> None:
 
 def benchmark(checkpoint: Checkpoint, speech: Speech, args: Namespace) -> None:
     """Print the seconds of audio that pass in a second, on 40 batches, as one JSON line."""
-    network = checkpoint.network
-    batches = data.training_batches(speech, args.batch_size, 0)[:40]  # of epoch 0
-    clips = [speech.utterances[i] for _, i in sum(batches, [])]
+    network, clips = checkpoint.network, speech.utterances
+    del clips[40 * args.batch_size:]
     seconds = sum(u.duration for u in clips)
-    loader = data.loader(speech, batches, args.workers)
+    batches = epoch_loader(speech, 0, 1, args)
     learning = *make_optimizer(network, args, 2 * len(batches)), watch_network(network)
     works = {
-        'features': lambda: list(loader),
-        'features and update': lambda: train_epoch(network, loader, *learning, args),
+        'features': lambda: list(batches),
+        'features and update': lambda: train_epoch(network, batches, *learning, args),
         'inference, batch 1': lambda: evaluate(checkpoint, clips, args, batch_size=1),
         'inference, batch 16': lambda: evaluate(checkpoint, clips, args)}
     # The better of two: the first is slower, with new shapes and cold files.
@@ -608,59 +571,64 @@ def join_processes(args: Namespace) -> None:
         sys.stdout = None
 
 
-def make_folder(config: dict, folder: Path) -> None:
-    """A run folder that was not there before, with config.json. Raises UserError."""
+def make_folder(folder: Path) -> None:
+    """A run folder that was not there before. Raises UserError."""
     with error_at('--run_dir'):
         folder.mkdir(parents=True)
-    save('', folder / 'log.jsonl')
-    save(json.dumps(config, indent=1), folder / 'config.json')
 
 
-def run(args: Namespace) -> None:
-    """Train and score as the flags say. Raises UserError, OSError."""
+def run(args: Namespace, start: Checkpoint | None) -> None:
+    """Train and score as the flags say, from a checkpoint or from nothing. Raises UserError,
+    OSError."""
     # Gradients that fade through time become numbers below 1e-38, with which a CPU works many times
     # slower: without this, an update takes 2.5 times as long once the outputs are sharp.
     torch.set_flush_denormal(True)
     torch.set_num_threads(args.threads)
-    # Each process has dropout of its own; DistributedDataParallel gives all the same weights.
-    torch.manual_seed(args.seed + RANK)
-    folder = Path(args.run_dir)
-    if args.resume and (folder / 'results.json').exists():
-        print(f'{folder} is finished: nothing is left to do')
-        monitor.print_run(monitor.read_run(folder))
-        return
     with error_at(f'--device {args.device}'):
         torch.empty(0, device=args.device)
     join_processes(args)
+    for setting in undone_fixes(args):
+        print(f'without a fix: {setting} {getattr(args, setting)}')
     splits = read_data(args)
+    folder = Path(args.run_dir)
     if args.evaluate:
-        make_folder({'flags': vars(args)}, folder)
-        finish(args.evaluate, splits, args)
+        make_folder(folder)
+        save_log([], {'flags': vars(args)}, folder)
+        finish(start, splits, args)
         return
-    checkpoint = prepare(splits, args)
+    known = start.alphabet if start else ['']
+    corpus = data.describe_corpus(splits, args.frames_per_output, known)
+    print(monitor.legend(corpus['plateaus']))
+    if args.resume:
+        checkpoint = start
+        if corpus['digest'] != start.run['digest']:
+            raise UserError(f'--resume {folder}: the texts or durations of its data have changed')
+    else:
+        with error_at(f'--init_from {args.init_from}'):
+            network = model.make_network(vars(args), corpus['alphabet'], start)
+        checkpoint = Checkpoint(network, corpus['alphabet'],
+                                {'flags': vars(args), 'start': []} | corpus,
+                                model.CharacterModel.of_texts(u.text for u in splits.train))
+    checkpoint.network.to(args.device)
     speech = Speech(splits.train, checkpoint.alphabet, args.frames_per_output, args.seed,
                     args.spec_augment, speed_perturb=not args.overfit, concat=args.concat)
     if args.benchmark:
         benchmark(checkpoint, speech, args)
         return
-    for setting in undone_fixes(args):
-        print(f'without a fix: {setting} {getattr(args, setting)}')
-
-    print(monitor.legend(checkpoint.run['plateaus']))
     if not RANK and not args.resume:
-        make_folder(checkpoint.run, folder)
+        make_folder(folder)
     go_on = f'; to go on: python train.py --resume {shlex.quote(args.run_dir)}'
     with monitor.one_line_ends('train.py', go_on):
         log = fit(checkpoint, speech, splits.valid, args)
         if not RANK:
-            finish(folder / 'best.pt', splits, args)
-            if args.overfit:
-                report_overfit(log[-1], args)
+            finish(model.load_checkpoint(folder / 'best.pt'), splits, args)
+        if args.overfit:
+            report_overfit(log[-1], args)
 
 
 def main(argv: Sequence | None = None) -> None:
     with monitor.one_line_ends('train.py'):
-        run(parse_flags(argv))
+        run(*parse_flags(argv))
 
 
 if __name__ == '__main__':
