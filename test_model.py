@@ -986,12 +986,13 @@ def test_batches_hold_clips_of_nearly_equal_length():
 def test_processes_share_every_batch(ranks, monkeypatch):
     """The five utterances of the last batch are too few for eight processes: some come twice."""
     utterances = [make_utterances('a', duration)[0] for duration in DURATIONS]
-    speech, args = data.Speech(utterances, ['']), train.parse_flags([])
+    speech = data.Speech(utterances, [''])
+    args, _ = train.parse_flags([])
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr(train, 'RANK', rank)
         monkeypatch.setattr(train, 'RANKS', ranks)
-        shares.append(train.epoch_loader(speech, 1, args).batch_sampler)
+        shares.append(train.epoch_loader(speech, 1, 1, args).batch_sampler)
     for whole, *parts in zip(batches_of(1), *shares, strict=True):
         assert all(parts)
         assert set(sum(parts, [])) == set(whole)
