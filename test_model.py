@@ -365,8 +365,8 @@ def test_advice_without_validation():
 
 
 def test_the_best_epoch_is_the_last_of_equal_ones():
-    log = [{'wer': wer, 'cer': cer} for wer, cer in ((10, 5), (10, 4), (10, 4), (20, 1))]
-    assert monitor.best_epoch(log) is log[2]
+    log = [{'wer': wer, 'cer': cer} for wer, cer in ((10, 4), (10, 4), (10, 5), (20, 1))]
+    assert monitor.best_epoch(log) is log[1]
 
 
 # ---- monitor: anybody's network ------------------------------------------------------------------
@@ -524,9 +524,8 @@ def test_nothing_is_found_in_a_healthy_network_of_others(kind, seed):
 
 
 def test_many_symbols_in_half_precision_are_normalised():
-    log_probs = torch.randn(40, 2, 5000).log_softmax(2).bfloat16()
-    texts = [[1, 2, 3], [4, 5, 6]]
-    assert monitor.check_ctc(log_probs, texts, [40, 40], [3, 3], untrained=True) == []
+    log_probs = torch.zeros(40, 1, 5000).log_softmax(2).bfloat16()
+    assert monitor.check_ctc(log_probs, [[1, 2]], [40], [2], untrained=True) == []
 
 
 def joined(log_probs):
@@ -1381,24 +1380,19 @@ def test_weights_begin_with_the_deviation_of_their_role(config, name, deviation)
     assert weights.std().item() == approx(deviation, rel=0.1)
 
 
-@cases('name', ['recurrent.0.forward_lstm', 'recurrent.1.backward_lstm'])
-def test_lstms_are_orthogonal_and_begin_by_remembering(name):
-    lstm = make_network().get_submodule(name)
+def test_lstms_are_orthogonal_and_begin_by_remembering():
+    lstm = make_network().recurrent[1].backward_lstm
     biases = lstm.bias_ih_l0 + lstm.bias_hh_l0
     assert biases.tolist() == [0.0] * 256 + [1.0] * 256 + [0.0] * 512  # the second: forget gate
     for gate in lstm.weight_hh_l0.chunk(4):
         assert torch.allclose(gate @ gate.T, torch.eye(256), atol=1e-5)
 
 
-@torch.no_grad()
 def test_the_gate_lets_a_tenth_of_the_deep_path_pass():
     backbone = make_network(**NARROW).eval().backbone
-    features = []
-    for gate in backbone.gate.clone(), 0, 1:
-        backbone.gate[:] = gate
-        features.append(backbone(torch.ones(1, 1, 40, 16), torch.tensor([40]))[0])
-    first, early, both = features
-    assert torch.allclose(first, 0.9 * early + 0.1 * both, atol=1e-6)
+    backbone.early.forward = backbone.deep.forward = lambda *x: torch.ones(1, 10, 16)
+    features, _ = backbone(torch.ones(1, 1, 40, 16), torch.tensor([40]))
+    assert features.unique().item() == approx(1.1)
 
 
 def test_running_statistics_serve_short_runs():
@@ -1493,15 +1487,14 @@ def test_ctc_loss_against_all_paths(text):
 
 
 def test_greedy_decoding_collapses_the_best_path():
-    path = torch.tensor([0, 1, 1, 0, 1, 2])
-    assert model.greedy_decode(F.one_hot(path).float()) == [1, 1, 2]
+    assert model.greedy_decode(torch.eye(3)[[0, 1, 1, 0, 1, 2]]) == [1, 1, 2]
 
 
 B = (1 + 3 / 4) / (6 + 3)   # P(b), of the example in CharacterModel's docstring
 
 
 @cases('text,character,probability', [
-    ('', 'b', B),
+    ('b', model.END, (1 + (2 + 3 / 4) / 9) / 2),
     ('a', 'b', (1 + 3 * B) / 6),
     ('ba', 'b', (1 + 3 * B) / 6),  # contexts never seen say what shorter ones do
     ('', 'x', 3 / 4 / 9),
@@ -1999,9 +1992,7 @@ def survive(flags, uninterrupted, folder, kill_signal, rng, kills):
         assert err.count('\n') <= 1, err
         command = ['--resume', folder]
     train.main([f'--resume={folder}'])
-    expected = outcome(uninterrupted)
-    for name, content in outcome(folder).items():
-        assert content == expected.get(name), name
+    assert outcome(folder) == outcome(uninterrupted)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(whole_flags, whole, tmp_path):
@@ -2015,17 +2006,9 @@ def test_forty_killed_runs_go_on_as_if_nothing_had_been(whole_flags, whole, tmp_
         survive(whole_flags, whole, tmp_path / f'{i}', signals[i % 3], random.Random(i), kills=2)
 
 
-def stop_after(epochs, monkeypatch):
-    """Have training in this process stop, as by Ctrl-C, when this many epochs are done."""
-    train_epoch = train.train_epoch
-    done = itertools.count()
-
-    def stopping(*arguments):
-        if next(done) == epochs:
-            raise KeyboardInterrupt
-        return train_epoch(*arguments)
-
-    monkeypatch.setattr(train, 'train_epoch', stopping)
+def interrupt(*arguments):
+    """Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -2033,21 +2016,21 @@ def stopped(tmp_path, monkeypatch):
     """A run of three epochs that was stopped after the first -> its folder, beside its corpus."""
     manifest = write_corpus(tmp_path / 'corpus', ['ab', 'cd', 'ba', 'dc'])
     with monkeypatch.context() as context:
-        stop_after(1, context)
+        context.setattr(monitor, 'epoch_line', interrupt)  # which comes after all is saved
         message = exit_code(train.main, f'--train_data={manifest}', '--valid_data=none',
                             '--epochs=3', *SMALL, '--run_dir', tmp_path / 'run')
     assert message == f'train.py: stopped; to go on: python train.py --resume {tmp_path / "run"}'
     return tmp_path / 'run'
 
 
-def test_a_resumed_run_trains_what_is_left_and_says_that_it_is_finished(stopped, printed):
-    """Without validation, the last epoch is kept."""
+def test_a_resumed_run_trains_what_is_left_and_says_that_it_is_finished(stopped, tiny, printed):
+    """With the weights of an uninterrupted run, on the same utterances."""
     train.main([f'--resume={stopped}', '--workers=1'])
     assert 'epoch   1' not in printed()
+    assert read_weights(stopped) == read_weights(tiny('--epochs=3', '--valid_data=none'))
     (stopped.parent / 'corpus/manifest.jsonl').unlink()  # it needs no data any more
     train.main([f'--resume={stopped}'])
     assert 'is finished: nothing is left to do' in printed()
-    assert checkpoint_of(stopped).run['epoch'] == 3
 
 
 def test_a_resumed_run_finds_its_data_where_it_lies_now(stopped):
@@ -2200,7 +2183,7 @@ def test_100_000_utterances_start_within_20_seconds(tmp_path, monkeypatch):
     soundfile.write(tmp_path / 'one.wav', wave, 16000)
     row = json_row('one.wav', 'one two three', duration=len(wave) / 16000)
     (tmp_path / 'm.jsonl').write_text('\n'.join([row] * 100_000))
-    stop_after(0, monkeypatch)
+    monkeypatch.setattr(train, 'train_epoch', interrupt)
     start = time.process_time()
     assert 'stopped' in exit_code(train.main, '--train_data', tmp_path / 'm.jsonl',
                                   '--valid_data=none', '--run_dir', tmp_path / 'run')
