@@ -50,7 +50,6 @@ BEFORE = LITERAL | {'upsample': 'transpose', 'squeeze_excite': True, 'output_ini
 SMALL = ['--blocks=3', '--hidden=16']
 
 AN4 = os.environ.get('AN4_DIR')
-needs_an4 = pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
 slow = pytest.mark.skipif('SLOW' not in os.environ, reason='slow: set SLOW=1')
 cases = pytest.mark.parametrize  # of a test: names of values, then a table of them
 session = pytest.fixture(scope='session')
@@ -211,10 +210,9 @@ def test_edits_against_a_second_implementation():
     for _ in range(300):
         said, heard = [' '.join(rng.choices('xyz', k=rng.randint(1, 7))) for _ in range(2)]
         rates = monitor.error_rates([said], [heard])
-        insertions, deletions = rates['insertions'], rates['deletions']
-        errors = rates['substitutions'] + insertions + deletions
+        errors = rates['substitutions'] + rates['insertions'] + rates['deletions']
         assert errors == edit_distance(said[::2], heard[::2])
-        assert 2 * (insertions - deletions) == len(heard) - len(said)
+        assert 2 * (rates['insertions'] - rates['deletions']) == len(heard) - len(said)
 
 
 def test_error_rates_by_hand():
@@ -250,7 +248,7 @@ def test_constant_line_against_the_best_constant_output(outputs):
     """By gradient descent on one distribution, free to leave the letters' frequencies."""
     targets = torch.randint(1, 7, (8, 5)).clamp_max(5)
     lengths = torch.full((8,), outputs)
-    uniform, constant = monitor.plateau_lines(targets.tolist(), lengths, 6)
+    _, constant = monitor.plateau_lines(targets.tolist(), lengths, 6)
     logits = torch.zeros(6, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.3)
     for _ in range(200):
@@ -259,7 +257,6 @@ def test_constant_line_against_the_best_constant_output(outputs):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() - 1e-4 <= constant < uniform
     assert constant == approx(loss.item(), rel=0.02)
 
 
@@ -269,24 +266,21 @@ def test_lines_of_english_are_those_of_the_readme(printed):
 
 
 @cases('log', [
-    '{}', '7 {}', 'step,train_loss,lr\n7,{},0.1', '{{"step": 1, "loss": {}}}',
+    '7 {}', 'step,train_loss,lr\n7,{},0.1', '{{"step": 1, "loss": {}}}',
     'epoch 3 loss: {} wer 100',
 ])
 def test_losses_of_any_log_are_held_against_the_lines(log, tmp_path, printed):
     """Sums over two texts of twelve labels that are equally frequent: 3.4 a label is the constant
-    line of 27 of them; the uniform one is known by counting paths: T outputs, L labels without
-    repeats, (T+L choose 2L). The mean of six losses passes the middle of the lines with the third
-    low one, and 0.9 of the constant line with the first that is lower."""
+    line of 27 of them. The mean of six losses passes the middle of the lines with the third low
+    one, and 0.9 of the constant line with the first that is lower."""
     losses = [24 * loss for loss in [50.0] * 10 + [3.4] * 30 + [1.0] * 10]
     header, _, row = log.rpartition('\n')
     path = tmp_path / 'log'
     path.write_text('\n'.join([header, *map(row.format, losses)]))
     monitor.main(['--lines', '250', '12', '28', '--equal', '--sum_over=2', f'--losses={path}'])
     out = printed()
-    uniform, constant = map(float, re.findall(r'(\S+) nats summed over 2 texts', out))
-    expected = 2 * (250 * math.log(28) - math.log(math.comb(262, 24)))
-    assert uniform == approx(expected, rel=0.02)  # repeats, of letters
-    assert constant == approx(24 * 3.4, rel=0.05)
+    constant, = re.findall(r'(\S+) nats summed over 2 texts: the best', out)
+    assert float(constant) == approx(24 * 3.4, rel=0.05)
     assert re.search('last of 50 losses lies 10[345]% of the way', out)
     assert 'the uniform plateau was left: 13, the constant one: 41 (' in out
 
@@ -314,11 +308,11 @@ def test_gradient_norms_of_the_children_of_any_network():
 
 # Ten letters of 27, each in one output of seven.
 @cases('probabilities,entropy,blank,sound', [
-    (torch.ones(28) / 28, 1, 1, 0),
-    (torch.eye(28)[0], 0, 1, 0),
-    (torch.eye(28), 0, 1 / 28, 1),
-    (0.9 * torch.eye(28)[0] + 0.1 / 28, 0.191, 1, 0),
-], ids=['uniform', 'certain', 'learnt', 'constant'])
+    (torch.ones(28) / 28, 1, 1, 0),                    # uniform
+    (torch.eye(28)[0], 0, 1, 0),                       # constant, and certain
+    (0.9 * torch.eye(28)[0] + 0.1 / 28, 0.191, 1, 0),  # constant
+    (torch.eye(28), 0, 1 / 28, 1),                     # learnt
+])
 def test_outputs_are_recognised(probabilities, entropy, blank, sound):
     """Of 38 outputs, of which the last ten are padding."""
     log_probs = F.pad(probabilities.log().expand(1, 28, 28), (0, 0, 0, 10), value=math.nan)
@@ -330,20 +324,17 @@ def test_outputs_are_recognised(probabilities, entropy, blank, sound):
 # ---- monitor: phases, advice ---------------------------------------------------------------------
 
 HEALTHY = {'epoch': 1, 'seconds': 60.0, 'updates': 1000, 'train_loss': 1.0,
-           'clipped': 0.1, 'gradient.backbone': 1.0, 'gradient.head': 1.0, 'gradient': 1.7,
+           'clipped': 0.1, 'gradient.head': 1.0, 'gradient': 1.7,
            'entropy': 0.2, 'blank': 0.6, 'sound': 1.0, 'weight_change': 0.3, 'left_uniform': 20,
            'left_constant': 300, 'phase': 'learning', 'warnings': []}
-VALIDATED = HEALTHY | {'valid_loss': 1.2, 'wer': 20.0, 'cer': 5.0, 'deletions': 0.02}
+VALIDATED = HEALTHY | {'valid_loss': 1.2, 'wer': 20.0, 'cer': 5.0}
 STUCK = {'phase': 'constant', 'left_constant': None}
 CONFIG = {'plateaus': (8.0, 3.0), 'valid_plateaus': (8.0, 3.0), 'start': []}
 
 
-@cases('loss,phase', [
-    (5.6, 'uniform'), (5.4, 'constant'), (2.8, 'constant'), (2.6, 'learning'), (0.35, 'learning'),
-    (0.25, 'learnt'),
-])
-def test_phases(loss, phase):
-    assert monitor.name_phase(loss, (8.0, 3.0)) == phase
+def test_phases():
+    phases = [monitor.name_phase(loss, (8.0, 3.0)) for loss in (5.6, 5.4, 2.8, 2.6, 0.35, 0.25)]
+    assert phases == ['uniform', 'constant', 'constant', 'learning', 'learning', 'learnt']
 
 
 @cases('last,words', [
@@ -370,8 +361,8 @@ def test_advice_without_validation(printed):
 
 
 def test_the_best_epoch_is_the_last_of_equal_ones():
-    log = [{'wer': wer, 'cer': cer} for wer, cer in ((10, 5), (10, 4), (10, 4), (20, 1))]
-    assert monitor.best_epoch(log) is log[2]
+    log = [{'wer': wer, 'cer': cer} for wer, cer in ((10, 4), (10, 4), (10, 5), (20, 1))]
+    assert monitor.best_epoch(log) is log[1]
 
 
 # ---- monitor: anybody's network ------------------------------------------------------------------
@@ -445,7 +436,7 @@ def sound_batch():
 
 def time_first_batch():
     x, targets, *lengths = sound_batch()
-    return x.transpose(0, 1).contiguous(), targets - 1, *lengths
+    return x.transpose(0, 1), targets - 1, *lengths
 
 
 OTHERS = {  # of a kind: network, batches, what Watch and check_ctc are told of it, updates
@@ -455,7 +446,8 @@ OTHERS = {  # of a kind: network, batches, what Watch and check_ctc are told of 
 }
 
 
-def train_other(kind, network, updates, rate=3e-3, change=tuple, watch=None, every=1):
+def train_other(kind, network, updates, rate=3e-3, change=lambda *batch: batch, watch=None,
+                every=1):
     """Train a network that is not ours, on batches that are changed -> what a watch finds at its
     looks, one line behind the other."""
     _, batches, told, _ = OTHERS[kind]
@@ -463,7 +455,7 @@ def train_other(kind, network, updates, rate=3e-3, change=tuple, watch=None, eve
     network.train()
     found = []
     for update in range(updates):
-        x, *rest = change(batches())
+        x, *rest = change(*batches())
         log_probs = network(x)
         time_first = log_probs.transpose(0, 1) if 'batch_first' in told else log_probs
         optimizer.zero_grad()
@@ -529,9 +521,8 @@ def test_nothing_is_found_in_a_healthy_network_of_others(kind, seed):
 
 
 def test_many_symbols_in_half_precision_are_normalised():
-    log_probs = torch.randn(40, 2, 5000).log_softmax(2).bfloat16()
-    texts = [[1, 2, 3], [4, 5, 6]]
-    assert monitor.check_ctc(log_probs, texts, [40, 40], [3, 3], untrained=True) == []
+    log_probs = torch.zeros(40, 1, 5000).log_softmax(2).bfloat16()
+    assert monitor.check_ctc(log_probs, [[1, 2]], [40], [2], untrained=True) == []
 
 
 def joined(log_probs):
@@ -606,59 +597,54 @@ def test_a_healthy_training_hears_its_phases_and_ends_in_the_same_bits(kind, see
         assert torch.equal(network.state_dict()[name], weights)
 
 
-def with_texts_of_others(wrong, batch):
+def with_texts_of_others(wrong, x, targets, input_lengths, labels):
     """So many of the eight transcripts belong to other recordings."""
-    x, targets, input_lengths, labels = batch
     order = torch.arange(8)
     order[:wrong] = order[:wrong].roll(1)
     return x, targets[order], input_lengths, labels[order]
 
 
-def without_sound(batch):
-    x, *rest = batch
-    return 0 * x, *rest
-
-
-# Of a kind, learnt or not: what part of the network is replaced, by what; what is done to the
-# batches (tuple: nothing); the rate, the updates; what is said.
+# Of a kind, learnt or not: what part of the network is replaced, by what; how it is trained, where
+# not as usual; what is said.
 WATCHED = [
     # ctc#1; TorchLeet#5, video-classification#42
-    ('images', False, 'columns', lambda x: x.squeeze(2).mT.reshape(24, 8, 32), tuple, 3e-3, 2,
-     'clips mix'),
-    ('attention', False, 'encoder.layers.0.self_attn.batch_first', False, tuple, 3e-3, 2,
-     'clips mix'),
-    ('recurrent', False, 'gru.batch_first', True, tuple, 3e-3, 2, 'clips mix'),
+    ('images', False, 'columns', lambda x: x.squeeze(2).mT.reshape(24, 8, 32), {}, 'clips mix'),
+    ('attention', False, 'encoder.layers.0.self_attn.batch_first', False, {}, 'clips mix'),
+    ('recurrent', False, 'gru.batch_first', True, {}, 'clips mix'),
     # speechbrain#1077, #1396; HVPNeT#5; ProteomicsML#203
-    ('images', False, 'columns', lambda x: x.detach().squeeze(2).permute(2, 0, 1), tuple, 3e-3, 2,
+    ('images', False, 'columns', lambda x: x.detach().squeeze(2).permute(2, 0, 1), {},
      'the gradient does not reach cnn'),
-    ('recurrent', False, 'normalise', lambda x: F.relu(x - 9).log_softmax(2), tuple, 3e-3, 2,
+    ('recurrent', False, 'normalise', lambda x: F.relu(x - 9).log_softmax(2), {},
      'the gradient does not reach gru (0e+00), head (0e+00)'),
-    ('images', False, '', None, tuple, 0.0, 2, 'the weights of cnn, rnn, head have not changed'),
+    ('images', False, '', None, {'rate': 0.0}, 'the weights of cnn, rnn, head have not changed'),
     # CRNN-with-STN#7; deepspeech.pytorch#194; speechbrain#1410, DeepSpeech#238; crnn.pytorch#230
-    ('attention', False, '', None, without_sound, 3e-3, 2, 'every utterance gets the same outputs'),
-    ('recurrent', False, 'normalise', lambda x: (50 * x).softmax(2).log_softmax(2), tuple, 3e-3, 9,
+    ('attention', False, '', None, {'change': lambda x, *rest: (0 * x, *rest)},
+     'every utterance gets the same outputs'),
+    ('recurrent', False, 'normalise', lambda x: (50 * x).softmax(2).log_softmax(2), {'updates': 9},
      'softmax comes before log_softmax'),
-    ('images', False, '', None, tuple, 3.0, 4, 'diverged: '),
-    ('images', True, 'cnn.1.running_var', torch.full((16,), 9.0), tuple, 1e-5, 1,
+    ('images', False, '', None, {'rate': 3.0, 'updates': 4}, 'diverged: '),
+    ('images', True, 'cnn.1.running_var', torch.full((16,), 9.0), {'updates': 1},
      'training and eval mode differ'),
     # kaldi-tuda-de#15 is of the last two
-    ('recurrent', False, '', None, functools.partial(with_texts_of_others, 8), 1e-5, 12,
+    ('recurrent', False, '', None,
+     {'rate': 1e-5, 'updates': 12, 'change': functools.partial(with_texts_of_others, 8)},
      'do not belong together'),
-    ('attention', True, '', None, functools.partial(with_texts_of_others, 3), 1e-5, 12,
+    ('attention', True, '', None,
+     {'rate': 1e-5, 'updates': 12, 'change': functools.partial(with_texts_of_others, 3)},
      'of the utterances are not learnt at all'),
 ]
 
 
-@cases('kind,learnt,part,value,change,rate,updates,words', WATCHED)
+@cases('kind,learnt,part,value,training,words', WATCHED)
 @other_seeds
-def test_what_a_batch_cannot_show_is_named_and_no_other(kind, learnt, part, value, change, rate,
-                                                        updates, words, seed, printed):
+def test_what_a_batch_cannot_show_is_named_and_no_other(kind, learnt, part, value, training, words,
+                                                        seed, printed):
     network = other_network(kind, learnt, seed)
     owner, _, name = part.rpartition('.')
     if part:
         setattr(network.get_submodule(owner), name, value)
     watch = monitor.Watch(network, **OTHERS[kind][2])
-    train_other(kind, network, updates, rate, change, watch)
+    train_other(kind, network, watch=watch, **{'updates': 2} | training)
     assert watch.findings
     assert all(words.split(' cnn')[0] in line for line in watch.findings)
     assert words in watch.findings[0]
@@ -670,7 +656,7 @@ def test_watch_leaves_all_as_it_was():
     eval mode too."""
     def normalise(x):
         network.cnn[1].num_batches_tracked.add_(1)
-        return (x + torch.randn_like(x)).log_softmax(2)
+        return F.dropout(x).log_softmax(2)
 
     def everything():
         return repr([*[p.grad.sum() for p in network.parameters()], network.state_dict(),
@@ -721,14 +707,10 @@ def test_runs_are_compared_by_a_paired_bootstrap(tmp_path, printed):
             '0.00 0.00 0.0 to 0.0 -100.00 to -50.00 dropout 0.1 beam search' in out)
 
 
-@cases('name,text,message', [
-    ('log.jsonl', '{"epoch', 'run: cannot be used (Unterminated string'),
-    ('test.tsv', 'file\n', 'run: not finished, or other sentences were scored'),
-])
-def test_folders_that_hold_no_run_are_named(name, text, message, tmp_path):
+def test_runs_that_scored_other_sentences_are_not_compared(tmp_path):
     runs = [fake_run(tmp_path / folder) for folder in ('other', 'run')]
-    (tmp_path / 'run' / name).write_text(text)
-    assert message in exit_code(monitor.main, *runs)
+    (tmp_path / 'run/test.tsv').write_text('file\n')
+    assert 'run: not finished, or other sentences were scored' in exit_code(monitor.main, *runs)
 
 
 def test_runs_are_drawn(tmp_path, monkeypatch):
@@ -813,10 +795,11 @@ def test_a_healthy_run_has_no_warning_after_its_first_fifth(frames_per_output, s
 # ---- data: features ------------------------------------------------------------------------------
 
 def test_log_mels_equal_a_naive_dft():
-    """Frames, Hann window, DFT as a sum and Slaney's mel scale (1998), by definition in float64."""
+    """Frames, NumPy's Hann window, DFT as a sum and Slaney's mel scale (1998) by definition, in
+    float64."""
     wave = 0.1 * default_rng(0).standard_normal(2080)
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(wave, 120), 400)[::160]
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    hann = np.hanning(401)[:400]
     dft = np.exp(-2j * np.pi * np.outer(np.arange(400), np.arange(257)) / 512)
     power = np.abs(frames * hann @ dft) ** 2
     mels = (15 + 27 * math.log(8) / math.log(6.4)) * np.arange(82) / 81
@@ -833,9 +816,10 @@ def test_speech_is_normalised_over_itself():
     """Noise is speech from end to end: 20 frames of silence and a half-silent one are put on each
     side."""
     mels, start = data.features(0.1 * torch.randn(16000))
-    assert (len(mels), start) == (142, -21)
-    assert mels[21:-21].mean(0).abs().max() < 1e-3
-    assert mels[21:-21].std().item() == approx(1, abs=1e-2)
+    speech = mels[21:-21]
+    assert (len(speech), start) == (100, -21)
+    assert speech.mean(0).abs().max() < 1e-3
+    assert speech.std().item() == approx(1, abs=1e-2)
 
 
 @functools.cache
@@ -994,7 +978,6 @@ def test_processes_share_every_batch(ranks, monkeypatch):
         monkeypatch.setattr(train, 'RANKS', ranks)
         shares.append(train.epoch_loader(speech, 1, 1, args).batch_sampler)
     for whole, *parts in zip(batches_of(1), *shares, strict=True):
-        assert all(parts)
         assert set(sum(parts, [])) == set(whole)
         assert sum(map(len, parts)) == max(len(whole), ranks)
 
@@ -1052,7 +1035,6 @@ def test_concat_puts_an_utterance_of_the_speaker_behind():
 # ---- data: corpora -------------------------------------------------------------------------------
 
 # Corpora of every form: a line of each file; where recordings lie.
-# Corpora of every form: a line of each file; where recordings lie.
 FORMS = {
     'nemo/train.jsonl': '{{"audio": "{id}.flac", "text": "{TEXT}", "speaker": "{u.speaker}"}}',
     'cv/train.tsv': '{u.speaker}\t{id}.wav\t{u.text}\t',
@@ -1078,10 +1060,10 @@ def write_forms(utterances, folder):
     lines = defaultdict(list, {'cv/train.tsv': ['client_id\tpath\tsentence\tgender'],
                                'csv/train.csv': ['file,transcript,speaker']})
     for u in utterances:
-        wave, rate = soundfile.read(u.path, dtype='int16')
+        wave, rate = soundfile.read(u.path)
         names = {'u': u, 'id': f'{u.speaker}-{u.path.stem}', 'TEXT': u.text.upper()}
         for path, form in RECORDINGS.items():
-            soundfile.write(place(path.format(**names)), wave, rate, 'PCM_16', format=form)
+            soundfile.write(place(path.format(**names)), wave, rate, format=form)
         for path, line in FORMS.items():
             lines[path.format(**names)].append(line.format(**names))
     for path, content in lines.items():
@@ -1098,15 +1080,13 @@ def first_batches(path):
     return list(data.loader(speech, data.training_batches(speech, 8, 0)))
 
 
-@cases('real', [False, pytest.param(True, marks=needs_an4)])
-def test_every_form_of_corpus_gives_the_same_batches(real, tmp_path, monkeypatch):
+def test_every_form_of_corpus_gives_the_same_batches(tmp_path, monkeypatch):
     """Of the built-in corpus, made small, which is spoken once."""
     monkeypatch.setattr(data, 'BUILTIN', {'train': (336, 11, 12)})
     manifests = data.builtin_corpus(tmp_path / 'corpus')
     assert data.builtin_corpus(tmp_path / 'corpus') == manifests
-    manifest = f'{AN4}/dev.jsonl' if real else manifests['train']
-    utterances, _ = data.read_corpus(manifest)
-    expected, *others = map(first_batches, write_forms(utterances[-48:], tmp_path))
+    utterances, _ = data.read_corpus(manifests['train'])
+    expected, *others = map(first_batches, write_forms(utterances, tmp_path))
     for batches in others:
         for batch, same in zip(batches, expected, strict=True):
             assert all(map(torch.equal, batch, same))
@@ -1136,7 +1116,6 @@ START = {  # of a corpus: the first line, and a good one
     'csv': ['path,sentence', '0.wav,go'],
     'tsv': ['path\tsentence', '0.wav\tgo'],
 }
-M4A = b'\x00\x00\x00\x20ftypM4A ' + bytes(500)  # libsndfile does not read these
 
 
 @cases('form,line,reason', [
@@ -1149,18 +1128,16 @@ M4A = b'\x00\x00\x00\x20ftypM4A ' + bytes(500)  # libsndfile does not read these
     ('jsonl', '{"audio": "phone.m4a", "text": "a"}', 'phone.m4a'),
     ('jsonl', '{"audio": "long.wav", "text": "a"}', 'up to 40 s'),
     ('jsonl', json_row('0.wav', 'abcdefgh' * 4), 'too short for its text'),
-    ('jsonl', '[1]', "'list'"),
     ('jsonl', 'yes', 'Expecting value'),
     ('tsv', '0.wav', 'needs text and audio'),
     ('tsv', '0.wav\tzw\udcf6lf', 'utf-8'),
-    ('tsv', 'a' * 300 + '.wav\tone', 'too long'),
     ('csv', '0.wav,one,two', 'more columns than the header'),
 ])
 def test_a_bad_row_is_named_and_the_others_are_read(form, line, reason, tmp_path):
     write_noise(tmp_path / '0.wav')
     write_noise(tmp_path / 'long.wav', 41)
     write_noise(tmp_path / 'none.wav', 0)
-    (tmp_path / 'phone.m4a').write_bytes(M4A)
+    (tmp_path / 'phone.m4a').write_bytes(b'\x00\x00\x00\x20ftypM4A ' + bytes(500))
     manifest = tmp_path / f'bad.{form}'
     lines = [*START[form], line, START[form][1]]
     manifest.write_text('\n'.join(lines), errors='surrogateescape')
@@ -1172,30 +1149,27 @@ def test_a_bad_row_is_named_and_the_others_are_read(form, line, reason, tmp_path
 
 
 def test_rows_of_other_systems_are_read(tmp_path):
-    """An array for lines; names with Windows' back-slashes, and with accents as a Mac writes them.
+    """An array for lines; a name with Windows' back-slash, and with an accent as a Mac writes it.
     """
     mac = unicodedata.normalize('NFD', 'é.wav')
-    write_noise(tmp_path / mac)
     (tmp_path / 'clips').mkdir()
-    write_noise(tmp_path / 'clips/1.wav')
-    (tmp_path / 'm.json').write_text(json.dumps([
-        {'path': 'é.wav', 'text': 'go'}, {'path': 'clips\\1.wav', 'text': 'no'},
-        {'path': '2.wav', 'text': 'no'}], indent=1))
-    utterances, faults = data.read_corpus(tmp_path / 'm.json')
-    assert {u.path.name for u in utterances} == {mac, '1.wav'}
+    write_noise(tmp_path / 'clips' / mac)
+    rows = [{'path': 'clips\\é.wav', 'text': 'go'}, {'path': '2.wav', 'text': 'no'}]
+    (tmp_path / 'm.json').write_text(json.dumps(rows, indent=1))
+    [utterance], faults = data.read_corpus(tmp_path / 'm.json')
+    assert utterance.path.name == mac
     fault, = faults
-    assert fault.startswith(f'{tmp_path / "m.json"}: object 3: ')
+    assert fault.startswith(f'{tmp_path / "m.json"}: object 2: ')
 
 
-@cases('name', ['u.wav', 'u.flac', 'u.mp3'])
-def test_segments_are_cut_out_of_their_recording(name, tmp_path):
+def test_segments_are_cut_out_of_their_recording(tmp_path):
     """NeMo's offset and duration."""
-    write_noise(tmp_path / name, 1)
+    write_noise(tmp_path / 'u.wav', 1)
     manifest = tmp_path / 'm.jsonl'
-    manifest.write_text(json_row(name, 'left', offset=0.3, duration=0.6))
+    manifest.write_text(json_row('u.wav', 'left', offset=0.3, duration=0.6))
     [utterance], _ = data.read_corpus(manifest)
     segment, _ = data.load_utterance(utterance)
-    assert torch.equal(segment, data.read_wave(tmp_path / name)[4800:14400])
+    assert torch.equal(segment, data.read_wave(tmp_path / 'u.wav')[4800:14400])
 
 
 # ---- data: fuzz ----------------------------------------------------------------------------------
@@ -1274,12 +1248,12 @@ def test_a_sentence_is_said_into_a_file(tmp_path, printed):
     """At the times that are printed, louder than what lies before and behind."""
     data.main(['--say', 'Light  go', str(tmp_path / 'said.wav')])
     start, _, light, _, end, go = printed().split()
-    wave = data.read_wave(tmp_path / 'said.wav').numpy()
-    places = int(16000 * float(start)), int(16000 * (float(end) + 0.15))
-    before, said, behind = np.split(wave, places)
+    wave = data.read_wave(tmp_path / 'said.wav')
+    times = torch.arange(len(wave)) / 16000
+    spoken = (times > float(start)) & (times < float(end) + 0.15)
     assert (light, go) == ('light', 'go')
-    assert wave == approx(data.synthesise('light go')[0], abs=1e-4)
-    assert said.std() > 3 * max(before.std(), behind.std())
+    assert wave.numpy() == approx(data.synthesise('light go')[0], abs=1e-4)
+    assert wave[spoken].std() > 3 * wave[~spoken].std()
 
 
 def test_the_synthesiser_refuses_other_words():
@@ -1386,24 +1360,19 @@ def test_weights_begin_with_the_deviation_of_their_role(config, name, deviation)
     assert weights.std().item() == approx(deviation, rel=0.1)
 
 
-@cases('name', ['recurrent.0.forward_lstm', 'recurrent.1.backward_lstm'])
-def test_lstms_are_orthogonal_and_begin_by_remembering(name):
-    lstm = make_network().get_submodule(name)
+def test_lstms_are_orthogonal_and_begin_by_remembering():
+    lstm = make_network().recurrent[1].backward_lstm
     biases = lstm.bias_ih_l0 + lstm.bias_hh_l0
     assert biases.tolist() == [0.0] * 256 + [1.0] * 256 + [0.0] * 512  # the second: forget gate
     for gate in lstm.weight_hh_l0.chunk(4):
         assert torch.allclose(gate @ gate.T, torch.eye(256), atol=1e-5)
 
 
-@torch.no_grad()
 def test_the_gate_lets_a_tenth_of_the_deep_path_pass():
     backbone = make_network(**NARROW).eval().backbone
-    features = []
-    for gate in backbone.gate.clone(), 0, 1:
-        backbone.gate[:] = gate
-        features.append(backbone(torch.ones(1, 1, 40, 16), torch.tensor([40]))[0])
-    first, early, both = features
-    assert torch.allclose(first, 0.9 * early + 0.1 * both, atol=1e-6)
+    backbone.early.forward = backbone.deep.forward = lambda *x: torch.ones(1, 10, 16)
+    features, _ = backbone(torch.ones(1, 1, 40, 16), torch.tensor([40]))
+    assert features.unique().item() == approx(1.1)
 
 
 def test_running_statistics_serve_short_runs():
@@ -1498,15 +1467,14 @@ def test_ctc_loss_against_all_paths(text):
 
 
 def test_greedy_decoding_collapses_the_best_path():
-    path = torch.tensor([0, 1, 1, 0, 1, 2])
-    assert model.greedy_decode(F.one_hot(path).float(), ['', 'a', 'b']) == 'aab'
+    assert model.greedy_decode(torch.eye(3)[[0, 1, 1, 0, 1, 2]], ['', 'a', 'b']) == 'aab'
 
 
 B = (1 + 3 / 4) / (6 + 3)   # P(b), of the example in CharacterModel's docstring
 
 
 @cases('text,character,probability', [
-    ('', 'b', B),
+    ('b', model.END, (1 + (2 + 3 / 4) / 9) / 2),
     ('a', 'b', (1 + 3 * B) / 6),
     ('ba', 'b', (1 + 3 * B) / 6),  # contexts never seen say what shorter ones do
     ('', 'x', 3 / 4 / 9),
@@ -1516,14 +1484,13 @@ def test_the_character_model_counts_as_by_hand(text, character, probability):
     assert language_model.log_prob(text, character) == approx(math.log(probability))
 
 
-@cases('most', [1, 1_000_000])
-def test_the_character_models_probabilities_sum_to_one(most, monkeypatch):
-    """Over all that was seen, and one more for what was not; with and without rare contexts."""
-    monkeypatch.setattr(model, 'MOST_CONTEXTS', most)
+def test_the_character_models_probabilities_sum_to_one(monkeypatch):
+    """Over all that was seen, and one more for what was not; without rare contexts."""
+    monkeypatch.setattr(model, 'MOST_CONTEXTS', 1)
     language_model = model.CharacterModel.of_texts(['go left', 'go right', 'left'])
-    assert ('rig' in language_model.counts) == (most > 1)
     assert 'lef' in language_model.counts
-    for context in '', 'go', 'rig', 'zzz':
+    assert 'rig' not in language_model.counts
+    for context in '', 'go', 'lef', 'rig', 'zzz':
         total = sum(math.exp(language_model.log_prob(context, character))
                     for character in {*'go left right', model.END, 'never seen'})
         assert total == approx(1)
@@ -1578,7 +1545,6 @@ def test_alignment_is_the_best_of_all_paths(text):
     which = model.align(log_probs, torch.tensor(text))
     path = torch.tensor([*text, 0])[which]  # -1, of a blank, picks the last
     assert tuple(path.tolist()) == max(scores, key=scores.get)
-    assert [k for k in which.unique_consecutive() if k >= 0] == [*range(len(text))]
 
 
 @cases('text,path,loud,expected', [
@@ -1620,18 +1586,6 @@ def hear(by_heart, monkeypatch, printed):
 
     monkeypatch.chdir(by_heart.parent)
     return run
-
-
-@cases('name,rate', [
-    ('a.wav', 44100),
-    ('b.flac', 24000),
-    ('c.mp3', 16000),
-    ('e.wav', 8000),
-])
-def test_any_file_format_gives_the_same_transcript(name, rate, hear):
-    wave = data.resample(data.read_wave('1.wav'), 16000, rate)
-    soundfile.write(name, np.stack([wave, wave], 1), rate)
-    assert hear(f'run/best.pt {name}') == 'light go\n'
 
 
 def test_three_lines_of_python_give_what_main_prints(hear):
@@ -1684,22 +1638,15 @@ def test_what_was_not_in_training_is_said(hear, capsys):
 
 
 @cases('command,words', [
-    ('no.pt', 'no.pt: cannot be used'),
     ('digits.txt', 'digits.txt: cannot be used'),
     ('old.pt', 'old.pt: cannot be used (its format is 2, this code reads'),
-    ('damaged.pt', 'damaged.pt: cannot be used'),
-    ('run/best.pt phone.m4a', 'phone.m4a: '),
     ('run/best.pt 0.wav --times', '0.wav: cannot be used (too long'),
-    ('run/best.pt 0.wav --beam=4 --lm_text=no.txt', 'no.txt: cannot be used'),
-    ('run/best.pt 0.wav --beam=4 --lm_text=digits.txt', 'digits.txt: cannot be used (it holds'),
+    ('run/best.pt 0.wav --lm_text=digits.txt', 'digits.txt: cannot be used (it holds'),
 ])
 def test_what_model_cannot_use_is_a_line(command, words, hear, monkeypatch):
     monkeypatch.setattr(model, 'MOST_STEPS', 10)
-    saved = torch.load('run/best.pt', weights_only=True)
-    torch.save(saved | {'format': 2}, 'old.pt')
-    torch.save(saved | {'model': {}}, 'damaged.pt')
+    torch.save({'format': 2}, 'old.pt')
     Path('digits.txt').write_text('123')
-    Path('phone.m4a').write_bytes(M4A)
     message = exit_code(model.main, *command.split())
     assert message.startswith(f'model.py: {words}')
     assert '\n' not in message
@@ -1755,13 +1702,6 @@ def test_two_samples_are_learnt(tmp_path):
     assert heard == texts
 
 
-def test_the_loss_falls_every_epoch(whole):
-    """From the uniform line on."""
-    run = monitor.read_run(whole)
-    losses = [run['config']['plateaus'][0], *(record['train_loss'] for record in run['log'])]
-    assert losses == sorted(losses, reverse=True)
-
-
 def learning_rates(updates, *flags):
     """The learning rate of each update."""
     optimizer, schedule = train.make_optimizer(nn.Linear(2, 2), flags_of(*flags), updates)
@@ -1800,29 +1740,19 @@ def tiny(tmp_path_factory):
 
 
 @cases('flags', [
-    '--num_train_samples=3', '--spec_augment', '--batch_size=2', '--learning_rate=1e-3',
-    '--weight_decay=0.1', '--grad_clip=0.01', '--interctc_weight=0', '--seed=1', '--blocks=5',
-    '--frames_per_output=2', '--hidden=8', '--dropout=0.5', '--schedule=constant', '--concat=1',
-    '--blocks=5 --undo=deep_path', '--undo=forget_bias'])
+    '--num_train_samples=3', '--spec_augment', '--batch_size=1', '--seed=1', '--blocks=5',
+    '--hidden=8', '--concat=1',
+    *(f'--blocks=5 --batch_size=1 --undo={name}' for name in train.FIXES)])
 def test_each_flag_changes_the_trained_weights(flags, tiny):
-    """The last of them, where there are two."""
+    """The last of them, where there are several."""
     *others, _ = flags = flags.split()
     assert read_weights(tiny(*flags)) != read_weights(tiny(*others))
 
 
-@cases('flag', ['--workers=1', '--beam=2'])
-def test_some_flags_do_not_change_the_trained_weights(flag, tiny):
-    """A run repeats from its seed, in spite of dropout, whoever loads its recordings."""
-    assert read_weights(tiny('--dropout=0.5', flag)) == read_weights(tiny('--dropout=0.5'))
-
-
-def test_a_share_of_the_loss_is_the_first_layers(tiny):
-    """Where it is all of the loss, the second layer is never trained."""
-    weights = read_weights(tiny('--interctc_weight=1', '--weight_decay=0'))
-    untrained = read_weights(tiny('--learning_rate=0'))
-    for layer, same in (0, False), (1, True):
-        name = f'recurrent.{layer}.forward_lstm.weight_ih_l0'
-        assert (weights[name] == untrained[name]) == same
+def test_a_run_repeats_from_its_seed(tiny):
+    """In spite of dropout, whoever loads its recordings."""
+    weights = read_weights(tiny('--dropout=0.5'))
+    assert read_weights(tiny('--dropout=0.5', '--workers=1')) == weights
 
 
 @cases('flag,words', [
@@ -1865,36 +1795,6 @@ def test_features_and_weights_are_frozen(corpus, tmp_path):
 
 
 # ---- train: the fixes ----------------------------------------------------------------------------
-
-def effect(*flags):
-    """What each fix changes, at the default settings: weights, lengths, optimiser, loop."""
-    args = flags_of(*flags)
-    torch.manual_seed(0)
-    network = model.make_network(vars(args), ['', 'a'])
-    optimizer, schedule = train.make_optimizer(network, args, 100)
-    group, = optimizer.param_groups
-    lstm = network.recurrent[0].forward_lstm
-    return {
-        'output_init': network.head.weight.std(),
-        'weight_init': network.backbone.deep.projection.weight.std(),
-        'upsample': network.backbone.deep.transposed_conv is None,
-        'dropout': network.dropout.p,
-        'squeeze_excite': len([*network.parameters()]),
-        'forget_bias': (lstm.bias_ih_l0 + lstm.bias_hh_l0)[256:512].mean(),
-        'learning_rate': group['lr'],
-        'schedule': type(schedule).__name__,
-        'grad_clip': args.grad_clip,
-        'weight_decay': group['weight_decay'],
-        'deep_path': network.backbone.early is None,
-        'interctc': args.interctc_weight,
-        'output_rate': network.backbone.output_lengths(torch.tensor(100)),
-    }
-
-
-@cases('name', train.FIXES)
-def test_undoing_a_fix_changes_what_it_is_about(name):
-    assert effect('--undo', name)[name] != effect()[name]
-
 
 @cases('flags,undone', [
     ('--undo all', {*train.FIXES}), ('--undo ours', {'deep_path', 'interctc', 'output_rate'}),
@@ -1948,7 +1848,6 @@ def test_bad_utterances_end_a_run_or_are_left_out(tmp_path):
     assert f'{bad}:4' in gone
     assert f'{bad}:5' in long
     assert advice == '2 utterances cannot be used; --skip_bad leaves them out'
-    assert not run.exists()
     trained(run, *flags, '--skip_bad')
     assert read_results(run)['valid']['words'] == 32
     assert 0 < read_log(run)[0]['valid_loss'] < math.inf
@@ -1958,8 +1857,7 @@ def test_a_broken_recording_that_training_meets_is_a_line(tmp_path, monkeypatch)
     """Those of large corpora are not decoded beforehand."""
     monkeypatch.setattr(train, 'CHECK_UP_TO', 0)
     manifest = write_corpus(tmp_path, ['ab', 'cd', 'ba'])
-    recording = (tmp_path / '2.wav').read_bytes()
-    (tmp_path / '2.wav').write_bytes(recording[:len(recording) // 2])
+    os.truncate(tmp_path / '2.wav', 5000)
     message = exit_code(train.main, '--train_data', manifest, '--valid_data=none', *SMALL,
                         '--workers=1', '--run_dir', tmp_path / 'run')
     assert re.fullmatch(f'train.py: {manifest}:3: .*2.wav.*', message)
@@ -2006,9 +1904,7 @@ def survive(flags, uninterrupted, folder, kill_signal, rng, kills):
         command = ['--resume', folder]
     with contextlib.suppress(SystemExit):  # by which it says that it was finished
         train.main([f'--resume={folder}'])
-    expected = outcome(uninterrupted)
-    for name, content in outcome(folder).items():
-        assert content == expected.get(name), name
+    assert outcome(folder) == outcome(uninterrupted)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(whole_flags, whole, tmp_path):
@@ -2022,39 +1918,32 @@ def test_forty_killed_runs_go_on_as_if_nothing_had_been(whole_flags, whole, tmp_
         survive(whole_flags, whole, tmp_path / f'{i}', signals[i % 3], random.Random(i), kills=2)
 
 
-def stop_after(epochs, monkeypatch):
-    """Have training in this process stop, as by Ctrl-C, when this many epochs are done."""
-    train_epoch = train.train_epoch
-    done = itertools.count()
-
-    def stopping(*arguments):
-        if next(done) == epochs:
-            raise KeyboardInterrupt
-        return train_epoch(*arguments)
-
-    monkeypatch.setattr(train, 'train_epoch', stopping)
+def interrupt(*arguments):
+    """Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
     """A run of three epochs that was stopped after the first -> its folder, beside its corpus."""
     manifest = write_corpus(tmp_path / 'corpus', ['ab', 'cd', 'ba', 'dc'])
+    epochs = iter([train.train_epoch, interrupt])
     with monkeypatch.context() as context:
-        stop_after(1, context)
+        context.setattr(train, 'train_epoch', lambda *arguments: next(epochs)(*arguments))
         message = exit_code(train.main, f'--train_data={manifest}', '--valid_data=none',
                             '--epochs=3', *SMALL, '--run_dir', tmp_path / 'run')
     assert message == f'train.py: stopped; to go on: python train.py --resume {tmp_path / "run"}'
     return tmp_path / 'run'
 
 
-def test_a_resumed_run_trains_what_is_left_and_says_that_it_is_finished(stopped, capsys):
-    """Without validation, the last epoch is kept."""
+def test_a_resumed_run_trains_what_is_left_and_says_that_it_is_finished(stopped, tiny, capsys):
+    """With the weights of an uninterrupted run, on the same utterances."""
     train.main([f'--resume={stopped}', '--workers=1'])
     assert 'epoch   1' not in capsys.readouterr().out
+    assert read_weights(stopped) == read_weights(tiny('--epochs=3', '--valid_data=none'))
     (stopped.parent / 'corpus/manifest.jsonl').unlink()  # it needs no data any more
     assert exit_code(train.main, '--resume', stopped) == 0
     assert 'is finished: nothing is left to do' in capsys.readouterr().err
-    assert checkpoint_of(stopped).run['epoch'] == 3
 
 
 def test_a_resumed_run_finds_its_data_where_it_lies_now(stopped):
@@ -2079,30 +1968,24 @@ def test_a_resumed_run_is_the_one_that_was_stopped(stopped):
 # ---- train: weights of another run, scoring, --overfit -------------------------------------------
 
 def test_a_run_can_start_from_anothers_weights(tiny, corpus, tmp_path, printed):
-    """With the same characters; with others, which alone are drawn; not in a network of another
-    size."""
-    source = ['--init_from', str(tiny() / 'best.pt'), '--learning_rate=0']
-    flags = [*corpus, '--epochs=1', *SMALL, *source]
+    """New characters alone are drawn; not in a network of another size."""
+    flags = [*corpus, '--epochs=1', *SMALL, '--init_from', tiny() / 'best.pt', '--learning_rate=0']
     run = tmp_path / 'run'
     assert '--init_from' in exit_code(train.main, *flags, '--hidden=8', '--run_dir', run)
-    before, same, after = [checkpoint_of(folder)
-                           for folder in (tiny(), tiny(*source), trained(run, *flags))]
+    before, after = checkpoint_of(tiny()), checkpoint_of(trained(run, *flags))
     assert 'epoch   0: WER ' in printed()
     letters = len(before.alphabet)
-    assert same.alphabet == before.alphabet == after.alphabet[:letters] != after.alphabet
+    assert before.alphabet == after.alphabet[:letters] != after.alphabet
     for name, weights in before.network.named_parameters():
-        assert torch.equal(same.network.get_parameter(name), weights)
         assert torch.equal(after.network.get_parameter(name)[:len(weights)], weights)
 
 
 def test_best_pt_is_never_worse_than_what_a_run_starts_from(by_heart, tmp_path):
     manifest = by_heart.parent / 'manifest.jsonl'
     run = trained(tmp_path / 'run', '--train_data', manifest, '--valid_data', manifest,
-                  '--init_from', by_heart / 'best.pt', '--epochs=2', '--blocks=3', '--hidden=64',
-                  '--learning_rate=1')
+                  '--init_from', by_heart / 'best.pt', '--epochs=2', '--learning_rate=1')
     assert read_log(run)[-1]['wer'] > 0
     assert checkpoint_of(run).run['epoch'] == 0
-    assert read_results(run)['valid']['wer'] == 0
 
 
 def test_overfit_learns_by_heart_and_a_checkpoint_is_scored(by_heart, tmp_path):
@@ -2112,13 +1995,14 @@ def test_overfit_learns_by_heart_and_a_checkpoint_is_scored(by_heart, tmp_path):
     run = trained(tmp_path / 'score', *flags, '--test_data', by_heart.parent / 'manifest.jsonl')
     assert 50 <= read_log(by_heart)[-1]['updates'] < 7 * 50
     assert read_results(run)['test, beam search']['wer'] == 0
-    rows = [line.split('\t')[:4] for line in (run / 'test.tsv').read_text().splitlines()]
-    assert rows == [['file', 'said', 'heard', 'beam'], ['0.wav', *['seven two nine'] * 3],
-                    ['1.wav', *['light go'] * 3]]
+    heard = [(row['file'], row['heard']) for row in monitor.read_run(run)['sentences']]
+    assert heard == [('0.wav', 'seven two nine'), ('1.wav', 'light go')]
 
 
-@cases('phase,advice', [('learning', 'by --epochs 14'),
-                                          ('constant', 'see what python monitor.py runs/it')])
+@cases('phase,advice', [
+    ('learning', 'by --epochs 14'),
+    ('constant', 'see what python monitor.py runs/it'),
+])
 def test_overfit_says_what_was_not_learnt(phase, advice):
     record = {'cer': 6.6, 'phase': phase, 'updates': 350, 'epoch': 7}
     with pytest.raises(monitor.UserError, match=f'NOT LEARNT.*CER 6.6 %.*{advice}'):
@@ -2208,7 +2092,7 @@ def test_100_000_utterances_start_within_20_seconds(tmp_path, monkeypatch):
     soundfile.write(tmp_path / 'one.wav', wave, 16000)
     row = json_row('one.wav', 'one two three', duration=len(wave) / 16000)
     (tmp_path / 'm.jsonl').write_text('\n'.join([row] * 100_000))
-    stop_after(0, monkeypatch)
+    monkeypatch.setattr(train, 'train_epoch', interrupt)
     start = time.process_time()
     assert 'stopped' in exit_code(train.main, '--train_data', tmp_path / 'm.jsonl',
                                   '--valid_data=none', '--run_dir', tmp_path / 'run')
@@ -2295,7 +2179,7 @@ def test_every_figure_of_the_readme_is_in_the_results():
 
 # ---- real recordings -----------------------------------------------------------------------------
 
-@needs_an4
+@pytest.mark.skipif(not AN4, reason='AN4_DIR is not set')
 def test_an4_is_read_whole():
     """Counts of the corpus's own documentation, letters alone in the alphabet."""
     utterances, _ = data.read_corpus(Path(AN4) / 'train.jsonl')

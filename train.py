@@ -57,8 +57,8 @@ RANK, RANKS = [int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')] if LAUN
 # "The original" is a MobileNetV3 + LSTM + CTC recogniser that stayed at 93 % word error rate for a
 # month, until the first ten of these changes were made together. The others are ours. --undo takes
 # any of them back. To add one: give its setting (a flag, or a field of model.Config) the new value
-# as a default, FIXES a line (OURS its name, if it is ours), and effect() in test_model.py one that
-# shows what it changes.
+# as a default, and FIXES a line (OURS its name, if it is ours). test_model.py then sees whether
+# --undo changes the trained weights.
 
 FIXES = {  # its setting, the value before, why it is a fix
     'output_init': ('output_init', 'normal',
