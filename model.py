@@ -81,9 +81,7 @@ EARLY_BLOCK = 3  # the last block at 40 ms; the early path leaves from its outpu
 
 @dataclass
 class Config:
-    """What a checkpoint needs to rebuild its network; the defaults are ours."""
-    vocab_size: int                 # V: the alphabet and the blank
-    n_mels: int = data.N_MELS
+    """What a network is built from, besides its symbols; the defaults are ours."""
     blocks: int = 11                # of the table, 2 to 11; with all, its last 1x1 convolution too
     frames_per_output: int = data.FRAMES_PER_OUTPUT  # 10 ms frames an output is for: 1, 2 or 4
     deep_path: str = 'gated'        # early + gate * deep; or 'alone', without the early path
@@ -91,7 +89,6 @@ class Config:
     squeeze_excite: bool = False
     projection: int = 256
     hidden: int = 256               # LSTM units in each direction
-    layers: int = 2
     dropout: float = 0.05           # before each LSTM layer and the head
     output_init: str = 'xavier'     # of the head; or 'normal', of deviation 0.01
     weight_init: float = 0.02       # standard deviation of the projections' initial weights
@@ -255,7 +252,7 @@ class Branch(nn.Module):
         super().__init__()
         self.stride = stride  # mel frames per feature; bands: mel bands per feature
         self.config = config
-        features = channels * math.ceil(config.n_mels / bands)
+        features = channels * math.ceil(data.N_MELS / bands)
         self.projection = nn.Linear(features, config.projection)
         self.transposed_conv = None
         if config.upsample == 'transpose':
@@ -271,7 +268,7 @@ class Branch(nn.Module):
 
 
 class Backbone(nn.Module):
-    """log-mels (B, 1, T, n_mels), lengths (B,) in frames -> features (B, T', projection), lengths.
+    """log-mels (B, 1, T, 80), lengths (B,) in frames -> features (B, T', projection), lengths.
 
     MobileNetV3-Small's stem and blocks. What the first three blocks hear goes on by a short path,
     early, on which the gradient reaches them; the rest adds its share, gate * deep. In training it
@@ -331,17 +328,17 @@ class Backbone(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """log-mels (B, 1, T, n_mels), lengths (B,) in frames -> log-probabilities (B, T', V), lengths
+    """log-mels (B, 1, T, 80), lengths (B,) in frames -> log-probabilities (B, T', V), lengths
     (B,)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, vocab_size: int):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
-        sizes = [config.projection] + [2 * config.hidden] * (config.layers - 1)
+        sizes = config.projection, 2 * config.hidden
         self.recurrent = nn.ModuleList(BiLSTM(size, config.hidden) for size in sizes)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(2 * config.hidden, config.vocab_size)
+        self.head = nn.Linear(2 * config.hidden, vocab_size)  # V: the alphabet, with the blank
         init_weights(self)
         # Weights that are channels last make all that is computed with them so: depthwise
         # convolutions are twice as fast on a CPU.
@@ -644,18 +641,18 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         saved = torch.load(path, weights_only=True, map_location='cpu')
         if saved['format'] != FORMAT:
             raise ValueError(f'its format is {saved["format"]}, this code reads {FORMAT}')
-        network = Recogniser(Config(**saved['config']))
+        network = make_network(saved['run']['flags'], saved['alphabet'])
         network.load_state_dict(saved['model'])
         return Checkpoint(network.eval(), saved['alphabet'], saved['run'],
                           CharacterModel(json.loads(saved['language_model'])))
 
 
-def make_network(settings: dict, alphabet: list, start: Checkpoint | None = None) -> Recogniser:
+def make_network(settings: dict, alphabet: list, start: Checkpoint = None) -> Recogniser:
     """A network of these settings (Config's are read), with the weights of a checkpoint to start
     from, whose alphabet comes first in the new one: a new character's row of the head is drawn, the
     others are taken over. Raises RuntimeError where the sizes differ otherwise."""
     own = {name: settings[name] for name in Config.__dataclass_fields__}
-    network = Recogniser(Config(**own | {'vocab_size': len(alphabet)}))
+    network = Recogniser(Config(**own), len(alphabet))
     if start:
         weights = start.network.state_dict()
         for name, drawn in network.head.state_dict(prefix='head.').items():
@@ -764,7 +761,7 @@ def transcribe_clips(checkpoint: Checkpoint, args: Namespace) -> None:
         raise UserError('\n'.join(faults))
 
 
-def main(argv: list | None = None) -> None:
+def main(argv: list = None) -> None:
     parser = ArgumentParser(
         description='Transcribe audio files, or describe a checkpoint.')
     add = parser.add_argument

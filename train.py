@@ -103,7 +103,7 @@ def undone_fixes(args: Namespace) -> dict:
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-NETWORK = model.Config(vocab_size=1)  # its defaults
+NETWORK = model.Config()  # its defaults
 WHOLE, COUNT = number(int, 1), number(int, 0)
 AMOUNT, SHARE = number(float, 0), number(float, 0, 1)
 
@@ -199,7 +199,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def parse_flags(argv: Sequence | None = None) -> tuple:
+def parse_flags(argv: Sequence = None) -> tuple:
     """The flags, and the Checkpoint that the run starts from, or None: that of --resume, which
     brings its run's own flags, or of --init_from or --evaluate, which bring their network's.
 
@@ -382,9 +382,8 @@ def save_checkpoint(checkpoint: Checkpoint, known: dict, path: Path) -> None:
     """Save a plain dict that model.load_checkpoint reads. known: of the run, besides its config.
     Raises UserError."""
     network, alphabet, config, language_model = checkpoint
-    save({'format': model.FORMAT, 'config': vars(network.config), 'alphabet': alphabet,
-          'model': network.state_dict(), 'language_model': json.dumps(language_model.counts),
-          'run': config | known}, path)
+    save({'format': model.FORMAT, 'alphabet': alphabet, 'model': network.state_dict(),
+          'language_model': json.dumps(language_model.counts), 'run': config | known}, path)
 
 
 def save_log(log: list, config: dict, folder: Path) -> None:
@@ -626,7 +625,7 @@ def run(args: Namespace, start: Checkpoint | None) -> None:
             report_overfit(log[-1], args)
 
 
-def main(argv: Sequence | None = None) -> None:
+def main(argv: Sequence = None) -> None:
     with monitor.one_line_ends('train.py'):
         run(*parse_flags(argv))
 
