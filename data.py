@@ -17,7 +17,7 @@ import csv
 import json
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ from hashlib import sha256
 from math import ceil, log, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 from unicodedata import category, normalize
 from zlib import crc32
 
@@ -38,7 +37,6 @@ from numpy.random import Generator, default_rng
 from torch import Tensor
 from torch.fft import irfft, rfft
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
 import monitor
 from monitor import UserError, error_at, listing, progress, whole_file
@@ -323,20 +321,6 @@ def training_batches(speech: Speech, batch_size: int, epoch: int) -> list:
     return batches
 
 
-def loader(speech: Speech, batches: list, workers: int = 0) -> DataLoader:
-    """The batches in the order given, as collate makes them, whatever the number of worker
-    processes."""
-    # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with
-    # workers than without.
-    return DataLoader(
-        speech,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        generator=torch.Generator(),
-    )
-
-
 # ---- transcripts ---------------------------------------------------------------------------------
 
 def normalise_text(text: str) -> str:
@@ -348,7 +332,7 @@ def normalise_text(text: str) -> str:
     return normalize('NFC', ' '.join(visible.split()))
 
 
-def make_alphabet(utterances: Sequence, known: Sequence = ('',)) -> list:
+def make_alphabet(utterances: Sequence, known: Sequence) -> list:
     """The known characters, and then every other one of the transcripts; symbol 0 is CTC's blank
     and stands for no character."""
     return [*known, *sorted({*''.join(u.text for u in utterances)} - {*known})]
@@ -506,12 +490,8 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple:
     return sorted(utterances, key=lambda u: u.path.stem), faults
 
 
-class Splits(NamedTuple):
-    """What read_splits found."""
-    train: list
-    valid: list
-    test: list
-    faults: list  # a line for each utterance that cannot be used
+# Utterances, and a line for each one that cannot be used.
+Splits = namedtuple('Splits', 'train valid test faults')
 
 
 def hold_out(train: list, seed: int) -> tuple:
@@ -637,13 +617,13 @@ def describe_corpus(splits: Splits, frames_per_output: int, known: Sequence) -> 
           'label (under 2: fast speech, try a lower --frames_per_output)',
           *monitor.unrelated_lengths([u.duration for u in train],
                                      [len(u.text) for u in train]), sep='\n')
-    known = [f'{u.text} {u.duration}' for u in train + valid + test]
+    said = [f'{u.text} {u.duration}' for u in train + valid + test]
     return {
         'alphabet': alphabet,
         'utterances': len(train),
         'hours': hours,
         'narrow': any(u.narrow for u in train),
-        'digest': sha256('\n'.join(known).encode()).hexdigest(),
+        'digest': sha256('\n'.join(said).encode()).hexdigest(),
         'plateaus': plateaus(train),
         'valid_plateaus': plateaus(valid),
     }
@@ -705,7 +685,7 @@ TABLE = '''
 '''
 SOUNDED = [0, -99, 4, 1]  # what a row lacks that ends early: voiced as a vowel, without hiss
 PHONES = {name: np.array([*columns, *SOUNDED[len(columns) - 4:]], float)
-          for name, *columns in map(str.split, TABLE.strip().split('\n'))}
+          for name, *columns in map(str.split, TABLE.strip().splitlines())}
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPECTRUM = {
     'n_fft': 512,

@@ -763,11 +763,9 @@ def listing(faults: list, where: str) -> Iterator:
 
 
 @contextmanager
-def one_line_ends(program: str, go_on: str = '') -> Iterator:
-    """End a program in one line where its user's input cannot be used, or it is interrupted.
-
-    go_on: what to do after an interrupt (Ctrl-C or SIGTERM), in words. Characters that the terminal
-    lacks are shown as numbers.
+def one_line_ends(program: str) -> Iterator:
+    """End a program in one line where its user's input cannot be used, or it is interrupted, by
+    Ctrl-C or SIGTERM. Characters that the terminal lacks are shown as numbers.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(sys.stdout, 'reconfigure'):  # stderr does it by itself
@@ -775,7 +773,7 @@ def one_line_ends(program: str, go_on: str = '') -> Iterator:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(f'{program}: stopped{go_on}')
+        sys.exit(f'{program}: stopped')
     except (UserError, OSError) as error:
         # From a process that loads recordings, the error comes behind that process's traceback.
         sys.exit(f'{program}: {str(error).rpartition("UserError: ")[2].strip()}')

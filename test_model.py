@@ -922,7 +922,7 @@ def test_a_bad_recording_is_named(name, end, place, new, reason, tmp_path):
     ('of\ufb01ce Ａｂｃ', 'office abc'),
 ])
 def test_alphabet_round_trip_in_any_script(written, text):
-    alphabet = data.make_alphabet(make_utterances([text, 'z']))
+    alphabet = data.make_alphabet(make_utterances([text, 'z']), [''])
     symbols = data.encode(data.normalise_text(written) + '?', alphabet)
     assert alphabet[0] == ''
     assert 0 not in symbols
@@ -994,7 +994,7 @@ def item_of(corpus):
     utterances, _ = data.read_corpus(corpus[1])
 
     def item(epoch, first=0, **settings):
-        speech = data.Speech(utterances[first:], data.make_alphabet(utterances), **settings)
+        speech = data.Speech(utterances[first:], data.make_alphabet(utterances, ['']), **settings)
         return speech[epoch, 5 - first][0]
 
     return item
@@ -1076,8 +1076,9 @@ def first_batches(path):
     """An epoch of a corpus, as training gets it."""
     splits = data.read_splits((path, None, None), 1, 4)
     assert splits.valid
-    speech = data.Speech(splits.train, data.make_alphabet(splits.train), 4, speed_perturb=True)
-    return list(data.loader(speech, data.training_batches(speech, 8, 0)))
+    alphabet = data.make_alphabet(splits.train, [''])
+    speech = data.Speech(splits.train, alphabet, 4, speed_perturb=True)
+    return list(train.load_batches(speech, data.training_batches(speech, 8, 0), 0))
 
 
 def test_every_form_of_corpus_gives_the_same_batches(tmp_path, monkeypatch):
@@ -1679,8 +1680,8 @@ def test_two_samples_are_learnt(tmp_path):
     loop written out."""
     texts = ['bad cab', 'face a head']
     utterances, _ = data.read_corpus(write_corpus(tmp_path, texts))
-    alphabet = data.make_alphabet(utterances)
-    batch, = data.loader(data.Speech(utterances, alphabet), [[(0, 0), (0, 1)]])
+    alphabet = data.make_alphabet(utterances, [''])
+    batch, = train.load_batches(data.Speech(utterances, alphabet), [[(0, 0), (0, 1)]], 0)
     network = make_network(len(alphabet))
     optimizer, schedule = train.make_optimizer(network, flags_of(), 45)
     losses = []
@@ -1932,7 +1933,8 @@ def stopped(tmp_path, monkeypatch):
         context.setattr(train, 'train_epoch', lambda *arguments: next(epochs)(*arguments))
         message = exit_code(train.main, f'--train_data={manifest}', '--valid_data=none',
                             '--epochs=3', *SMALL, '--run_dir', tmp_path / 'run')
-    assert message == f'train.py: stopped; to go on: python train.py --resume {tmp_path / "run"}'
+    command = f'{sys.orig_argv[0]} train.py --resume {tmp_path / "run"}'
+    assert message == f'train.py: stopped; to go on: {command}'
     return tmp_path / 'run'
 
 
@@ -2184,4 +2186,4 @@ def test_an4_is_read_whole():
     """Counts of the corpus's own documentation, letters alone in the alphabet."""
     utterances, _ = data.read_corpus(Path(AN4) / 'train.jsonl')
     assert len(utterances) == 948
-    assert ''.join(data.make_alphabet(utterances)) == ' abcdefghijklmnopqrstuvwxyz'
+    assert ''.join(data.make_alphabet(utterances, [''])) == ' abcdefghijklmnopqrstuvwxyz'

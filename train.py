@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, parameters_to_vector
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
+from torch.utils.data import DataLoader
 
 import data
 import model
@@ -304,6 +305,20 @@ def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
     return batches
 
 
+def load_batches(speech: Speech, batches: list, workers: int) -> DataLoader:
+    """The batches in the order given, as data.collate makes them, whatever the number of worker
+    processes."""
+    # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with
+    # workers than without.
+    return DataLoader(
+        speech,
+        batch_sampler=batches,
+        collate_fn=data.collate,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+
+
 # An utterance that was scored: its file, what was said, what was heard greedily and by beam search,
 # and the best symbol of every output.
 Row = namedtuple('Row', 'file said heard beam path')
@@ -320,7 +335,7 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
     network.to(args.device).eval()
     losses, rows = [], [None] * len(utterances)
     batches = evaluation_batches(utterances, batch_size)
-    loader = data.loader(Speech(utterances, alphabet), batches, args.workers)
+    loader = load_batches(Speech(utterances, alphabet), batches, args.workers)
     for batch, items in zip(monitor.progress(loader, 'scoring'), batches):
         mels, lengths, targets, target_lengths = [x.to(args.device) for x in batch]
         log_probs, lengths = network(mels, lengths)                         # (B, T', V), (B,)
@@ -399,7 +414,7 @@ def epoch_loader(speech: Speech, epoch: int, passes: int, args: Namespace) -> Se
     # Of several processes, each takes its share of every batch; one without a share repeats the
     # batch's first utterance.
     shares = [batch[RANK::RANKS] or batch[:1] for batch in sum(batches, [])]
-    return data.loader(speech, shares, args.workers)
+    return load_batches(speech, shares, args.workers)
 
 
 def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) -> list:
@@ -490,7 +505,7 @@ def finish(checkpoint: Checkpoint, splits: Splits, args: Namespace) -> None:
     for split, utterances in ('valid', splits.valid), ('test', splits.test):
         if not utterances:
             continue
-        unseen = sorted({*''.join(u.text for u in utterances)}.difference(checkpoint.alphabet))
+        unseen = data.make_alphabet(utterances, checkpoint.alphabet)[len(checkpoint.alphabet):]
         if unseen:
             print('characters that training lacks, each counted as an error:', *unseen)
         narrow = sum(u.narrow for u in utterances)
@@ -570,12 +585,6 @@ def join_processes(args: Namespace) -> None:
         sys.stdout = None
 
 
-def make_folder(folder: Path) -> None:
-    """A run folder that was not there before. Raises UserError."""
-    with error_at('--run_dir'):
-        folder.mkdir(parents=True)
-
-
 def run(args: Namespace, start: Checkpoint | None) -> None:
     """Train and score as the flags say, from a checkpoint or from nothing. Raises UserError,
     OSError."""
@@ -590,8 +599,10 @@ def run(args: Namespace, start: Checkpoint | None) -> None:
         print(f'without a fix: {setting} {getattr(args, setting)}')
     splits = read_data(args)
     folder = Path(args.run_dir)
+    if not (RANK or args.resume or args.benchmark):
+        with error_at('--run_dir'):
+            folder.mkdir(parents=True)
     if args.evaluate:
-        make_folder(folder)
         save_log([], {'flags': vars(args)}, folder)
         finish(start, splits, args)
         return
@@ -614,15 +625,15 @@ def run(args: Namespace, start: Checkpoint | None) -> None:
     if args.benchmark:
         benchmark(checkpoint, speech, args)
         return
-    if not RANK and not args.resume:
-        make_folder(folder)
-    go_on = f'; to go on: python train.py --resume {shlex.quote(args.run_dir)}'
-    with monitor.one_line_ends('train.py', go_on):
+    try:
         log = fit(checkpoint, speech, splits.valid, args)
         if not RANK:
             finish(model.load_checkpoint(folder / 'best.pt'), splits, args)
         if args.overfit:
             report_overfit(log[-1], args)
+    except KeyboardInterrupt:
+        command = [sys.orig_argv[0], 'train.py', '--resume', args.run_dir]
+        raise UserError(f'stopped; to go on: {shlex.join(command)}') from None
 
 
 def main(argv: Sequence = None) -> None:
