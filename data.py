@@ -216,14 +216,10 @@ class Utterance:
     duration: float  # seconds
     speaker: str     # '' where it is not known
     where: str       # 'manifest.jsonl:12', for messages
+    frames: int      # of its features; of the recording, as long as it was not decoded
+    sound: str       # a digest of it; what no other one has, as long as it was not decoded
     offset: float = None  # seconds; None: the whole recording, not a part of one
-    narrow: bool = False         # is_narrow, where it was decoded
-
-    def __post_init__(self):
-        # As long as it was not decoded: the recording's frames, not those of its features; and
-        # what no other recording has, not a digest of its sound.
-        self.frames = ceil(round(self.duration * SAMPLE_RATE) / HOP)
-        self.sound = self.where
+    narrow: bool = False  # is_narrow, where it was decoded
 
 
 def load_utterance(u: Utterance, channel: int = 0) -> tuple:
@@ -458,9 +454,13 @@ def make_utterance(row: object, where: str) -> Utterance:
         raise ValueError(f'it needs text and audio, or other names of theirs; it has {list(row)}')
     path = find_audio(row['audio'], Path(where).parent)
     start = float(row.get('offset', 0))
+    if start < 0:
+        raise ValueError('its offset is below 0')
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
+    frames = ceil(round(duration * SAMPLE_RATE) / HOP)
     offset = start if 'offset' in row else None
-    return Utterance(path, text, duration, str(row.get('speaker', '')), where, offset)
+    speaker = str(row.get('speaker', ''))
+    return Utterance(path, text, duration, speaker, where, frames, where, offset)
 
 
 def read_corpus(path: str | Path, split: str = 'train') -> tuple:

@@ -71,7 +71,7 @@ def make_network(vocab_size=6, **config):
 
 def make_utterances(texts, duration=1.0):
     """Utterances of these texts, a speaker to each text, whose files do not exist."""
-    return [data.Utterance(Path(f'{i}.wav'), text, duration, text, '')
+    return [data.Utterance(Path(f'{i}.wav'), text, duration, text, '', math.ceil(100 * duration), '')
             for i, text in enumerate(texts)]
 
 
@@ -1126,6 +1126,7 @@ START = {  # of a corpus: the first line, and a good one
     ('jsonl', '{"audio": "0.wav", "text": "a", "duration": 5}', 'lasts 0.50 s, and not 5.00'),
     ('jsonl', '{"audio": "none.wav", "text": "a", "duration": 1}', 'holds no samples'),
     ('jsonl', '{"audio": "0.wav", "text": "a", "offset": 2}', 'lasts 0.00 s, and not -1.50'),
+    ('jsonl', '{"audio": "0.wav", "text": "a", "offset": -0.1}', 'offset is below 0'),
     ('jsonl', '{"audio": "phone.m4a", "text": "a"}', 'phone.m4a'),
     ('jsonl', '{"audio": "long.wav", "text": "a"}', 'up to 40 s'),
     ('jsonl', json_row('0.wav', 'abcdefgh' * 4), 'too short for its text'),
