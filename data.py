@@ -300,23 +300,6 @@ def collate(items: Sequence) -> tuple:
     return padded[:, None], lengths, pad_sequence(targets, batch_first=True), target_lengths
 
 
-def training_batches(speech: Speech, batch_size: int, epoch: int) -> list:
-    """One epoch's batches of (epoch, index), which Speech is asked for: every utterance once, the
-    batches in random order.
-
-    The items of a batch have nearly equal lengths, augmentation included; a jitter of 2 % varies
-    which ones meet.
-    """
-    rng = default_rng([speech.seed, epoch])
-    drawn = [speech.draw(epoch, u) for u in speech.utterances]
-    frames = [sum(u.frames for u in parts) / speed for parts, speed, _ in drawn]  # in proportion
-    jittered = frames * rng.uniform(0.98, 1.02, len(frames))
-    items = [(epoch, index) for index in np.argsort(jittered).tolist()]
-    batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
-    rng.shuffle(batches)
-    return batches
-
-
 # ---- transcripts ---------------------------------------------------------------------------------
 
 def normalise_text(text: str) -> str:

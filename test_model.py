@@ -71,7 +71,8 @@ def make_network(vocab_size=6, **config):
 
 def make_utterances(texts, duration=1.0):
     """Utterances of these texts, a speaker to each text, whose files do not exist."""
-    return [data.Utterance(Path(f'{i}.wav'), text, duration, text, '', math.ceil(100 * duration), '')
+    frames = math.ceil(100 * duration)
+    return [data.Utterance(Path(f'{i}.wav'), text, duration, text, '', frames, '')
             for i, text in enumerate(texts)]
 
 
@@ -946,7 +947,7 @@ DURATIONS = default_rng(0).uniform(1, 20, 101)
 def batches_of(epoch, seed=0):
     """An epoch's batches of eight of a hundred and one utterances."""
     utterances = [make_utterances('a', duration)[0] for duration in DURATIONS]
-    return data.training_batches(data.Speech(utterances, [''], seed=seed), 8, epoch)
+    return train.training_batches(data.Speech(utterances, [''], seed=seed), 8, epoch)
 
 
 def test_batches_repeat_by_seed_and_epoch():
@@ -1078,7 +1079,7 @@ def first_batches(path):
     assert splits.valid
     alphabet = data.make_alphabet(splits.train, [''])
     speech = data.Speech(splits.train, alphabet, 4, speed_perturb=True)
-    return list(train.load_batches(speech, data.training_batches(speech, 8, 0), 0))
+    return list(train.load_batches(speech, train.training_batches(speech, 8, 0), 0))
 
 
 def test_every_form_of_corpus_gives_the_same_batches(tmp_path, monkeypatch):

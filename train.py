@@ -33,6 +33,7 @@ from statistics import mean
 import soundfile
 import torch
 import torch.nn.functional as F
+from numpy.random import default_rng
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, parameters_to_vector
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
@@ -231,6 +232,60 @@ def parse_flags(argv: Sequence = None) -> tuple:
     return parser.parse_args(argv), start
 
 
+# ---- batches: which utterances, in which order ---------------------------------------------------
+
+def training_batches(speech: Speech, batch_size: int, epoch: int) -> list:
+    """One epoch's batches of (epoch, index), which Speech is asked for: every utterance once, the
+    batches in random order.
+
+    The items of a batch have nearly equal lengths, augmentation included; a jitter of 2 % varies
+    which ones meet.
+    """
+    rng = default_rng([speech.seed, epoch])
+    drawn = [speech.draw(epoch, u) for u in speech.utterances]
+    frames = [sum(u.frames for u in parts) / speed for parts, speed, _ in drawn]  # in proportion
+    jittered = frames * rng.uniform(0.98, 1.02, len(frames))
+    items = [(epoch, index) for index in jittered.argsort().tolist()]
+    batches = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
+    """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
+    for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
+    batches = []
+    for frames, index in sorted((u.frames, index) for index, u in enumerate(utterances)):
+        if not batches or len(batches[-1]) >= min(batch_size, 64_000 // frames):
+            batches.append([])
+        batches[-1].append((0, index))
+    return batches
+
+
+def load_batches(speech: Speech, batches: list, workers: int) -> DataLoader:
+    """The batches in the order given, as data.collate makes them, whatever the number of worker
+    processes."""
+    # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with
+    # workers than without.
+    return DataLoader(
+        speech,
+        batch_sampler=batches,
+        collate_fn=data.collate,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+
+
+def epoch_loader(speech: Speech, epoch: int, passes: int, args: Namespace) -> Sequence:
+    """The batches of an epoch, from 0, of so many passes over the data, by seed and epoch alone."""
+    batches = [training_batches(speech, args.batch_size, number)
+               for number in range(epoch * passes, (epoch + 1) * passes)]
+    # Of several processes, each takes its share of every batch; one without a share repeats the
+    # batch's first utterance.
+    shares = [batch[RANK::RANKS] or batch[:1] for batch in sum(batches, [])]
+    return load_batches(speech, shares, args.workers)
+
+
 # ---- training and evaluation ---------------------------------------------------------------------
 
 def make_optimizer(network: nn.Module, args: Namespace, updates: int) -> tuple:
@@ -292,31 +347,6 @@ def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedu
         for name, value in watched.items():
             figures[name].append(float(value))
     return figures
-
-
-def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
-    """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
-    for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
-    batches = []
-    for frames, index in sorted((u.frames, index) for index, u in enumerate(utterances)):
-        if not batches or len(batches[-1]) >= min(batch_size, 64_000 // frames):
-            batches.append([])
-        batches[-1].append((0, index))
-    return batches
-
-
-def load_batches(speech: Speech, batches: list, workers: int) -> DataLoader:
-    """The batches in the order given, as data.collate makes them, whatever the number of worker
-    processes."""
-    # A generator of its own: a DataLoader draws from PyTorch's, which dropout uses, more often with
-    # workers than without.
-    return DataLoader(
-        speech,
-        batch_sampler=batches,
-        collate_fn=data.collate,
-        num_workers=workers,
-        generator=torch.Generator(),
-    )
 
 
 # An utterance that was scored: its file, what was said, what was heard greedily and by beam search,
@@ -405,16 +435,6 @@ def save_log(log: list, config: dict, folder: Path) -> None:
     """Save what monitor.read_run reads of a run at work. Raises UserError."""
     save(''.join(json.dumps(record) + '\n' for record in log), folder / 'log.jsonl')
     save(json.dumps(config, indent=1), folder / 'config.json')
-
-
-def epoch_loader(speech: Speech, epoch: int, passes: int, args: Namespace) -> Sequence:
-    """The batches of an epoch, from 0, of so many passes over the data, by seed and epoch alone."""
-    batches = [data.training_batches(speech, args.batch_size, number)
-               for number in range(epoch * passes, (epoch + 1) * passes)]
-    # Of several processes, each takes its share of every batch; one without a share repeats the
-    # batch's first utterance.
-    shares = [batch[RANK::RANKS] or batch[:1] for batch in sum(batches, [])]
-    return load_batches(speech, shares, args.workers)
 
 
 def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) -> list:
