@@ -821,9 +821,9 @@ def speak_corpus(folder: Path) -> None:
                 print(json.dumps(row), file=manifest)
 
 
-def builtin_corpus(folder: str = 'corpus') -> dict:
-    """Speak the built-in corpus into a folder, once -> {'train': manifest, 'valid': ..., 'test':
-    ...}.
+def builtin_corpus(folder: str = 'corpus') -> list:
+    """Speak the built-in corpus into a folder, once -> its manifests, for training, validation and
+    test.
 
     No speaker is in two of them. Raises UserError where the folder cannot be made.
     """
@@ -836,7 +836,7 @@ def builtin_corpus(folder: str = 'corpus') -> dict:
             with suppress(OSError):  # another process was at it too, and faster
                 spoken.rename(folder)
         torch.set_num_threads(threads)
-    return {split: f'{folder}/{split}.jsonl' for split in BUILTIN}
+    return [f'{folder}/{split}.jsonl' for split in BUILTIN]
 
 
 # ---- python data.py ------------------------------------------------------------------------------

@@ -44,11 +44,10 @@ import json
 import math
 import sys
 from argparse import ArgumentParser, Namespace
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +75,7 @@ BLOCKS = [
     (576, 96, 1, 1),
     (576, 96, 1, 1),
 ]
+PROJECTION = 256  # features of a path, below the LSTMs
 EARLY_BLOCK = 3  # the last block at 40 ms; the early path leaves from its output
 
 
@@ -87,7 +87,6 @@ class Config:
     deep_path: str = 'gated'        # early + gate * deep; or 'alone', without the early path
     upsample: str = 'interpolate'   # or 'transpose': ConvTranspose1d
     squeeze_excite: bool = False
-    projection: int = 256
     hidden: int = 256               # LSTM units in each direction
     dropout: float = 0.05           # before each LSTM layer and the head
     output_init: str = 'xavier'     # of the head; or 'normal', of deviation 0.01
@@ -182,7 +181,7 @@ class Bottleneck(nn.Module):
         self.squeeze_excite = None
         if squeeze_excite and number not in (2, 3):  # which have none in the paper either
             self.squeeze_excite = SqueezeExcite(expanded)
-        self.project = ConvNorm(expanded, c_out)  # the block's, not Config.projection
+        self.project = ConvNorm(expanded, c_out)  # the block's, not the path's
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple:
         y = self.depthwise(zero_padding(self.expand(x), lengths))
@@ -245,7 +244,7 @@ class BiLSTM(nn.Module):
 class Branch(nn.Module):
     """One path from the backbone to the outputs' grid: flatten, project, upsample.
 
-    x (B, C, T / stride, F) and lengths (B,) -> (B, T' or some more, projection).
+    x (B, C, T / stride, F) and lengths (B,) -> (B, T' or some more, 256).
     """
 
     def __init__(self, channels, stride, bands, config):
@@ -253,11 +252,11 @@ class Branch(nn.Module):
         self.stride = stride  # mel frames per feature; bands: mel bands per feature
         self.config = config
         features = channels * math.ceil(data.N_MELS / bands)
-        self.projection = nn.Linear(features, config.projection)
+        self.projection = nn.Linear(features, PROJECTION)
         self.transposed_conv = None
         if config.upsample == 'transpose':
             ratio = stride // config.frames_per_output
-            self.transposed_conv = nn.ConvTranspose1d(config.projection, config.projection,
+            self.transposed_conv = nn.ConvTranspose1d(PROJECTION, PROJECTION,
                                                       ratio, ratio)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -268,7 +267,7 @@ class Branch(nn.Module):
 
 
 class Backbone(nn.Module):
-    """log-mels (B, 1, T, 80), lengths (B,) in frames -> features (B, T', projection), lengths.
+    """log-mels (B, 1, T, 80), lengths (B,) in frames -> features (B, T', 256), lengths (B,).
 
     MobileNetV3-Small's stem and blocks. What the first three blocks hear goes on by a short path,
     early, on which the gradient reaches them; the rest adds its share, gate * deep. In training it
@@ -293,7 +292,7 @@ class Backbone(nn.Module):
             if number == EARLY_BLOCK < config.blocks and config.deep_path == 'gated':
                 self.early = Branch(channels, frames, bands, config)
                 # Of the deep path. If it started at 1, both paths would learn more slowly.
-                self.gate = nn.Parameter(torch.full((config.projection,), 0.1))
+                self.gate = nn.Parameter(torch.full((PROJECTION,), 0.1))
         if config.blocks == len(BLOCKS):
             self.last = ConvNorm(channels, 576, nn.Hardswish)
             channels = 576
@@ -335,7 +334,7 @@ class Recogniser(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
-        sizes = config.projection, 2 * config.hidden
+        sizes = PROJECTION, 2 * config.hidden
         self.recurrent = nn.ModuleList(BiLSTM(size, config.hidden) for size in sizes)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(2 * config.hidden, vocab_size)  # V: the alphabet, with the blank
@@ -417,9 +416,10 @@ def greedy_decode(log_probs: Tensor, alphabet: list) -> str:
     return ''.join(alphabet[symbol] for symbol, _ in itertools.groupby(path))
 
 
-def show_path(symbols: Iterable, alphabet: list) -> str:
-    """The symbols of outputs for the eye: the space as _, the blank as -."""
-    return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in symbols)
+def show_path(log_probs: Tensor, alphabet: list) -> str:
+    """Each output's likeliest symbol, for the eye: the space as _, the blank as -."""
+    path = log_probs.argmax(1).tolist()
+    return ''.join(alphabet[symbol].replace(' ', '_') or '-' for symbol in path)
 
 
 MOST_STEPS = 2_000_000_000  # of an alignment: a byte each
@@ -518,7 +518,7 @@ class CharacterModel:
 
 
 def beam_decode(log_probs: Tensor, alphabet: list, language_model: CharacterModel,
-                width: int = BEAM) -> str:
+                width: int) -> str:
     """The text of the highest score, by prefix beam search (Hannun et al. 2014, algorithm 1).
 
     log_probs (T', V) of one clip. A text's score, in nats, is that of all its paths together
@@ -627,12 +627,10 @@ class Transcript:
 FORMAT = 4  # of checkpoints
 
 
-class Checkpoint(NamedTuple):
-    """What a checkpoint of train.py holds."""
-    network: Recogniser             # in eval mode
-    alphabet: list                  # the characters of its symbols; the first is the blank
-    run: dict                       # what is known of its training
-    language_model: CharacterModel  # of the training transcripts
+# What a checkpoint of train.py holds: a Recogniser, in eval mode; the characters of its symbols, of
+# which the first is the blank; what is known of its training, a dict; the CharacterModel of the
+# training transcripts.
+Checkpoint = namedtuple('Checkpoint', 'network alphabet run language_model')
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -709,7 +707,7 @@ def plot_clip(heard: Transcript, path: str) -> None:
         above.axvspan(word.start, word.end, 0.97, facecolor='white', edgecolor='black')
     below.fill_between(times, probabilities[:, 0], color='0.85')
     below.plot(times, probabilities[:, 1:])
-    symbols = show_path(probabilities.argmax(1), heard.alphabet)
+    symbols = show_path(probabilities, heard.alphabet)
     for time, character, before in zip(times, symbols, ' ' + symbols):
         if character != before:
             below.text(time, 1.07, character, ha='center')

@@ -733,7 +733,7 @@ def test_runs_are_drawn(tmp_path, monkeypatch):
 def spoken_corpus(tmp_path_factory):
     """A folder with the built-in corpus, and with each text at the recording before."""
     folder = tmp_path_factory.mktemp('spoken')
-    utterances, _ = data.read_corpus(data.builtin_corpus(folder / 'corpus')['train'])
+    utterances, _ = data.read_corpus(data.builtin_corpus(folder / 'corpus')[0])
     rows = [f'{u.path}\t{other.text}\n' for u, other in zip(utterances, utterances[1:])]
     (folder / 'others.tsv').write_text(''.join(['path\ttext\n', *rows]))
     return folder
@@ -1085,9 +1085,9 @@ def first_batches(path):
 def test_every_form_of_corpus_gives_the_same_batches(tmp_path, monkeypatch):
     """Of the built-in corpus, made small, which is spoken once."""
     monkeypatch.setattr(data, 'BUILTIN', {'train': (336, 11, 12)})
-    manifests = data.builtin_corpus(tmp_path / 'corpus')
-    assert data.builtin_corpus(tmp_path / 'corpus') == manifests
-    utterances, _ = data.read_corpus(manifests['train'])
+    manifest, = data.builtin_corpus(tmp_path / 'corpus')
+    assert data.builtin_corpus(tmp_path / 'corpus') == [manifest]
+    utterances, _ = data.read_corpus(manifest)
     expected, *others = map(first_batches, write_forms(utterances, tmp_path))
     for batches in others:
         for batch, same in zip(batches, expected, strict=True):
@@ -1297,9 +1297,6 @@ def test_a_template_matcher_fails_on_the_built_in_corpus():
 
 # ---- model: alignment and lengths ----------------------------------------------------------------
 
-NARROW = {'projection': 16, 'hidden': 8}
-
-
 @cases('config,grid', [
     ({'frames_per_output': 1}, 1),
     ({'frames_per_output': 2}, 2),
@@ -1311,7 +1308,7 @@ NARROW = {'projection': 16, 'hidden': 8}
 def test_output_length_is_exact(config, grid):
     """ceil(T / frames_per_output) for every T from 1 to 40; but of a transposed convolution whole
     frames of the path that gives fewest."""
-    backbone = make_network(**config, **NARROW).eval().backbone
+    backbone = make_network(**config).eval().backbone
     for t in range(1, 41):
         features, lengths = backbone(torch.zeros(1, 1, t, 80), torch.tensor([t]))
         assert features.shape[1] == lengths
@@ -1331,7 +1328,7 @@ def test_outputs_are_centred_on_their_input(frames_per_output, config):
     Kernels of equal weights and no activations: what remains is where the network looks. The centre
     of mass of the change, over 64 positions, lies within half an output.
     """
-    network = make_network(frames_per_output=frames_per_output, **NARROW, **config).eval()
+    network = make_network(frames_per_output=frames_per_output, **config).eval()
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):  # ones would overflow after 11 blocks
             nn.init.constant_(module.weight, 1 / module.weight[0].numel())
@@ -1372,8 +1369,8 @@ def test_lstms_are_orthogonal_and_begin_by_remembering():
 
 
 def test_the_gate_lets_a_tenth_of_the_deep_path_pass():
-    backbone = make_network(**NARROW).eval().backbone
-    backbone.early.forward = backbone.deep.forward = lambda *x: torch.ones(1, 10, 16)
+    backbone = make_network(hidden=8).eval().backbone
+    backbone.early.forward = backbone.deep.forward = lambda *x: torch.ones(1, 10, 256)
     features, _ = backbone(torch.ones(1, 1, 40, 80), torch.tensor([40]))
     assert features.unique().item() == approx(1.1)
 

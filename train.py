@@ -377,7 +377,7 @@ def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam
             if beam:
                 spelled = model.beam_decode(clip, alphabet, language_model, beam)
             heard = model.greedy_decode(clip, alphabet)
-            path = model.show_path(clip.argmax(1).tolist(), alphabet)
+            path = model.show_path(clip, alphabet)
             # A tab or a line's end in a file's name would end a cell of the table.
             rows[i] = Row(' '.join(u.path.name.split()), u.text, heard, spelled, path)
     return mean(losses or [inf]), rows
@@ -390,7 +390,7 @@ def read_data(args: Namespace) -> Splits:
     Raises UserError that lists all that is broken."""
     paths = [args.train_data, args.valid_data, args.test_data]
     if not args.train_data and not args.evaluate:
-        paths = [path or own for path, own in zip(paths, data.builtin_corpus().values())]
+        paths = [path or own for path, own in zip(paths, data.builtin_corpus())]
     splits = data.read_splits(paths, args.seed, args.frames_per_output,
                               inf if args.skip_bad else CHECK_UP_TO)
     if splits.faults:
