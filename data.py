@@ -18,7 +18,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -242,7 +242,7 @@ class Speech:
     puts behind it, on the corpus too. frames_per_output: above 0, an utterance that CTC cannot
     align raises UserError; 0 lets it pass, for evaluation.
     """
-    utterances: Sequence
+    utterances: list
     alphabet: list
     frames_per_output: int = 0
     seed: int = 0
@@ -289,7 +289,7 @@ class Speech:
         return mels, torch.tensor(target)
 
 
-def collate(items: Sequence) -> tuple:
+def collate(items: list) -> tuple:
     """Items of Speech -> a batch: log-mels (B, 1, T, 80), zero in the padding, their lengths (B,)
     in frames, targets (B, L), their lengths (B,)."""
     mels, targets = zip(*items)
@@ -311,7 +311,7 @@ def normalise_text(text: str) -> str:
     return normalize('NFC', ' '.join(visible.split()))
 
 
-def make_alphabet(utterances: Sequence, known: Sequence) -> list:
+def make_alphabet(utterances: list, known: list) -> list:
     """The known characters, and then every other one of the transcripts; symbol 0 is CTC's blank
     and stands for no character."""
     return [*known, *sorted({*''.join(u.text for u in utterances)} - {*known})]
@@ -329,7 +329,7 @@ def encode(text: str, alphabet: list) -> list:
 TOO_SHORT = 'too short for its text; correct or remove it, or lower --frames_per_output'
 
 
-def can_align(symbols: Sequence, frames: float, frames_per_output: int) -> bool:
+def can_align(symbols: list, frames: float, frames_per_output: int) -> bool:
     """Whether CTC can emit these symbols, or characters, with the outputs for so many frames."""
     return frames > (monitor.outputs_needed(symbols) - 1) * frames_per_output
 
@@ -496,7 +496,7 @@ def hold_out(train: list, seed: int) -> tuple:
 
 
 def read_splits(
-    paths: Sequence,
+    paths: list,
     seed: int,
     frames_per_output: int,
     decode_up_to: float = 1e9,
@@ -542,7 +542,7 @@ def measure(u: Utterance) -> None:
     u.sound = sha256(wave.numpy()).hexdigest()
 
 
-def print_problems(utterances: Sequence) -> None:
+def print_problems(utterances: list) -> None:
     """Print what may be wrong with recordings that can be used, with the names of their files."""
     problems, twins = defaultdict(list), {}
     for u in progress(utterances, 'looking for problems'):
@@ -568,7 +568,7 @@ def print_problems(utterances: Sequence) -> None:
         print(f'{len(names)} files {problem}:', *names)
 
 
-def describe_corpus(splits: Splits, frames_per_output: int, known: Sequence) -> dict:
+def describe_corpus(splits: Splits, frames_per_output: int, known: list) -> dict:
     """Print what a corpus holds for training (at least one utterance) and validation -> what is to
     be remembered of it: alphabet (the known characters first), utterances, hours, narrow (whether
     some are narrow-band), plateaus (losses in nats per label of uniform and of constant output),
@@ -582,10 +582,12 @@ def describe_corpus(splits: Splits, frames_per_output: int, known: Sequence) -> 
         targets = [encode(u.text, alphabet) for u in utterances]
         return monitor.plateau_lines(targets, outputs, len(alphabet))
 
+    texts = [u.text for u in train]
+    durations = [u.duration for u in train]
+    hours = sum(durations) / HOUR
     speakers = {u.speaker for u in train}
-    hours = sum(u.duration for u in train) / HOUR
-    sentences = {u.text for u in train}
-    counts = Counter(''.join(u.text for u in train))
+    sentences = set(texts)
+    counts = Counter(''.join(texts))
     marks = [c for c in counts if c not in "-'" and category(c)[0] in 'PSN']
     print(f'training    {len(train)} utterances, {hours:.2f} hours, {len(speakers)} speakers (all '
           'that are unknown count as one)\n'
@@ -598,8 +600,7 @@ def describe_corpus(splits: Splits, frames_per_output: int, known: Sequence) -> 
           'are; remove what is not said, and write numbers as they are said)\n'
           f'outputs     {sum(u.frames for u in train) / frames_per_output / counts.total():.1f} a '
           'label (under 2: fast speech, try a lower --frames_per_output)',
-          *monitor.unrelated_lengths([u.duration for u in train],
-                                     [len(u.text) for u in train]), sep='\n')
+          *monitor.unrelated_lengths(durations, list(map(len, texts))), sep='\n')
     said = [f'{u.text} {u.duration}' for u in train + valid + test]
     return {
         'alphabet': alphabet,
@@ -852,7 +853,7 @@ def inspect_corpus(path: str) -> None:
         raise UserError('\n'.join(splits.faults))
 
 
-def main(argv: Sequence = None) -> None:
+def main(argv: list = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
     parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder); '
                                      'with --say, the audio file to write')

@@ -95,15 +95,6 @@ def plateau_lines(targets: Sequence, lengths: Sequence, vocab_size: int,
     return uniform, min(uniform, loss_of(frequent))
 
 
-def plateau_fraction(loss: float, lines: tuple) -> float:
-    """How far a loss has come from the uniform line, 0, to the constant one, 1.
-
-    Reaching 1 is not learning; passing it is.
-    """
-    uniform, constant = lines
-    return (uniform - loss) / max(uniform - constant, 1e-9)  # they may be equal where V is 2
-
-
 def phase_limits(lines: tuple) -> dict:
     """The losses above which a network is in a phase, by both lines, in nats per label.
 
@@ -468,9 +459,11 @@ class Watch:
         watch(log_probs, targets, input_lengths, target_lengths, sound)      # every 100 updates
 
     network: also one within DistributedDataParallel. forward: what leads from the inputs to
-    log_probs, where that is more than network(sound). blank: as F.ctc_loss takes it. batch_first:
-    log_probs are (B, T, V). Weights, gradients, buffers, mode and PyTorch's random numbers stay as
-    they are: training ends in the same bits with it and without.
+    log_probs, where that is more than network(sound), or the first of what it gives. blank: as
+    F.ctc_loss takes it. batch_first: log_probs are (B, T, V).
+
+    Weights, gradients, buffers, mode and PyTorch's random numbers stay as they are: training ends
+    in the same bits with it and without.
     """
 
     def __init__(self, network: nn.Module, forward: Callable = None,
@@ -512,8 +505,10 @@ class Watch:
         lies in the other clips' inputs: none, but where clips mix."""
         sound = sound.detach().float().requires_grad_()
         with in_eval_mode(self.network), torch.enable_grad():
-            log_probs = self.forward(sound.clone(), *others).float().cpu()
-            log_probs = log_probs.movedim(self.batch_dim, 1)                       # (T, B, V)
+            log_probs = self.forward(sound.clone(), *others)
+            if isinstance(log_probs, tuple):
+                log_probs, *_ = log_probs
+            log_probs = log_probs.float().cpu().movedim(self.batch_dim, 1)         # (T, B, V)
             # The blank's, as all symbols together have no gradient where they are equally likely.
             gradient, = torch.autograd.grad(log_probs[:, 0, self.blank].sum(), sound,
                                             materialize_grads=True)
@@ -853,19 +848,20 @@ def print_lines(args: argparse.Namespace) -> None:
     """Print both plateau lines, and where the losses of a log lie. Raises OSError, ValueError."""
     outputs, labels, symbols = args.lines
     texts = typical_texts(labels, int(symbols), args.equal)
-    lines = plateau_lines(texts, [outputs] * 50, int(symbols))
-    if math.isnan(lines[0]):
-        raise ValueError(f'{labels:g} labels with their repeats do not fit {outputs:g} outputs')
     scale = args.sum_over * labels or 1  # labels that a loss is the sum of
+    lines = [scale * line for line in plateau_lines(texts, [outputs] * 50, int(symbols))]
+    uniform, constant = lines
+    if math.isnan(uniform):
+        raise ValueError(f'{labels:g} labels with their repeats do not fit {outputs:g} outputs')
     unit = f'summed over {args.sum_over} texts' if args.sum_over else 'a label'
-    uniform, constant = (scale * line for line in lines)
     print(f'{uniform:.2f} nats {unit}: every symbol equally likely, where training starts\n'
           f'{constant:.2f} nats {unit}: the best output that ignores the input; a loss that stays '
           'near it has learnt nothing')
     if args.losses:
-        losses = [loss / scale for loss in read_losses(args.losses)]
+        losses = read_losses(args.losses)
         window = min(20, len(losses) // 10 + 1)
-        fraction = plateau_fraction(fmean(losses[-window:]), lines)
+        # Beyond the second it has learnt something. They may be equal where V is 2.
+        fraction = (uniform - fmean(losses[-window:])) / max(uniform - constant, 1e-9)
         print(f'the last of {len(losses)} losses lies {fraction:.0%} of the way from the first '
               'line to the second')
         print('loss', LEFT.format(**plateaus_left(losses, lines, window)))

@@ -25,7 +25,6 @@ import time
 import timeit
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict, namedtuple
-from collections.abc import Sequence
 from math import ceil, inf
 from pathlib import Path
 from statistics import mean
@@ -201,7 +200,7 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def parse_flags(argv: Sequence = None) -> tuple:
+def parse_flags(argv: list = None) -> tuple:
     """The flags, and the Checkpoint that the run starts from, or None: that of --resume, which
     brings its run's own flags, or of --init_from or --evaluate, which bring their network's.
 
@@ -251,7 +250,7 @@ def training_batches(speech: Speech, batch_size: int, epoch: int) -> list:
     return batches
 
 
-def evaluation_batches(utterances: Sequence, batch_size: int) -> list:
+def evaluation_batches(utterances: list, batch_size: int) -> list:
     """Every utterance once, as (0, index), sorted by length; long ones in smaller batches or alone,
     for memory: 64,000 frames at once with the padding, sixteen clips of 40 s."""
     batches = []
@@ -276,7 +275,7 @@ def load_batches(speech: Speech, batches: list, workers: int) -> DataLoader:
     )
 
 
-def epoch_loader(speech: Speech, epoch: int, passes: int, args: Namespace) -> Sequence:
+def epoch_loader(speech: Speech, epoch: int, passes: int, args: Namespace) -> DataLoader:
     """The batches of an epoch, from 0, of so many passes over the data, by seed and epoch alone."""
     batches = [training_batches(speech, args.batch_size, number)
                for number in range(epoch * passes, (epoch + 1) * passes)]
@@ -305,12 +304,7 @@ def make_optimizer(network: nn.Module, args: Namespace, updates: int) -> tuple:
                                  total_steps=max(updates, 11), pct_start=0.1)
 
 
-def watch_network(network: nn.Module) -> monitor.Watch:
-    """What looks at an update now and then."""
-    return monitor.Watch(network, lambda *inputs: network(*inputs)[0], batch_first=True)
-
-
-def train_epoch(network: nn.Module, batches: Sequence, optimizer: object, schedule: object,
+def train_epoch(network: nn.Module, batches: DataLoader, optimizer: object, schedule: object,
                 watch: monitor.Watch, args: Namespace) -> dict:
     """One pass over batches, as data.collate makes them -> {figure: its value in each update}.
 
@@ -355,7 +349,7 @@ Row = namedtuple('Row', 'file said heard beam path')
 
 
 @torch.no_grad()
-def evaluate(checkpoint: Checkpoint, utterances: Sequence, args: Namespace, beam: int = 0,
+def evaluate(checkpoint: Checkpoint, utterances: list, args: Namespace, beam: int = 0,
              batch_size: int = 16) -> tuple:
     """Score every utterance once, greedily and, where beam is not 0, by beam search of that width.
 
@@ -449,7 +443,7 @@ def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) ->
     updates = ceil(len(speech.utterances) / args.batch_size)  # in one pass over the data
     passes = ceil(50 / updates) if args.overfit else 1        # in an epoch
     optimizer, schedule = make_optimizer(network, args, args.epochs * passes * updates)
-    watch = watch_network(network)
+    watch = monitor.Watch(network, batch_first=True)
     state = config.pop('state', {'records': ([], [], [], [])})
     log, losses, watch.calls, watch.findings = state['records']
     if args.resume:
@@ -579,7 +573,8 @@ def benchmark(checkpoint: Checkpoint, speech: Speech, args: Namespace) -> None:
     del clips[40 * args.batch_size:]
     seconds = sum(u.duration for u in clips)
     batches = epoch_loader(speech, 0, 1, args)
-    learning = *make_optimizer(network, args, 2 * len(batches)), watch_network(network)
+    watch = monitor.Watch(network, batch_first=True)
+    learning = *make_optimizer(network, args, 2 * len(batches)), watch
     works = {
         'features': lambda: list(batches),
         'features and update': lambda: train_epoch(network, batches, *learning, args),
@@ -656,7 +651,7 @@ def run(args: Namespace, start: Checkpoint | None) -> None:
         raise UserError(f'stopped; to go on: {shlex.join(command)}') from None
 
 
-def main(argv: Sequence = None) -> None:
+def main(argv: list = None) -> None:
     with monitor.one_line_ends('train.py'):
         run(*parse_flags(argv))
 
