@@ -140,7 +140,7 @@ def log_mels(wave: Tensor) -> Tensor:
 def moving_median(level: Tensor) -> Tensor:
     """The median over 70 ms around each frame of level (T,), which removes what is shorter than
     40 ms."""
-    padded = F.pad(level, (3, 3), value=level.min().item())
+    padded = F.pad(level, (3, 3), value=level.min())
     return padded.unfold(0, 7, 1).median(1).values
 
 
@@ -442,8 +442,8 @@ def make_utterance(row: object, where: str) -> Utterance:
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
     frames = ceil(round(duration * SAMPLE_RATE) / HOP)
     offset = start if 'offset' in row else None
-    speaker = str(row.get('speaker', ''))
-    return Utterance(path, text, duration, speaker, where, frames, where, offset)
+    return Utterance(path, text, duration, str(row.get('speaker', '')), where, frames, where,
+                     offset)
 
 
 def read_corpus(path: str | Path, split: str = 'train') -> tuple:
@@ -853,20 +853,20 @@ def inspect_corpus(path: str) -> None:
         raise UserError('\n'.join(splits.faults))
 
 
+@monitor.one_line_ends('data.py')
 def main(argv: list = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
     parser.add_argument('path', help='corpus (.jsonl, .csv, .tsv, LibriSpeech or Sphinx folder); '
                                      'with --say, the audio file to write')
     parser.add_argument('--say', help='a text, of numbers and the like, to speak into the file')
     args = parser.parse_args(argv)
-    with monitor.one_line_ends('data.py'):
-        if not args.say:
-            return inspect_corpus(args.path)
-        with whole_file(args.path) as part:
-            wave, spans = synthesise(normalise_text(args.say))
-            soundfile.write(part, wave, SAMPLE_RATE)
-        for word, start, end in spans:
-            print(f'{start:6.2f} {end:6.2f}  {word}')
+    if not args.say:
+        return inspect_corpus(args.path)
+    with whole_file(args.path) as part:
+        wave, spans = synthesise(normalise_text(args.say))
+        soundfile.write(part, wave, SAMPLE_RATE)
+    for word, start, end in spans:
+        print(f'{start:6.2f} {end:6.2f}  {word}')
 
 
 if __name__ == '__main__':

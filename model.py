@@ -45,7 +45,6 @@ import math
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -486,13 +485,13 @@ class CharacterModel:
         self.log_prob = functools.cache(self.log_prob)
 
     @classmethod
-    def of_texts(cls, texts: Iterable, order: int = 6) -> 'CharacterModel':
+    def of_texts(cls, texts: list, order: int = 6) -> 'CharacterModel':
         """Count the n-grams of texts, the ends of sentences included.
 
         Of more than a million contexts, those that were met once are dropped.
         """
         counts = defaultdict(Counter)
-        for text in texts:
+        for text in monitor.progress(texts, 'counting sentence'):
             text += END
             for i, character in enumerate(text):
                 for length in range(min(order, i + 1)):
@@ -726,12 +725,12 @@ def read_character_model(path: str, alphabet: list) -> CharacterModel:
         texts = []
         for line in Path(path).read_text(encoding='utf-8').splitlines():
             known = [c if c in alphabet else ' ' for c in data.normalise_text(line)]
-            words = ''.join(known).split()
-            if words:
-                texts.append(' '.join(words))
+            text = data.normalise_text(''.join(known))  # single spaces again
+            if text:
+                texts.append(text)
         if not texts:
             raise ValueError('it holds nothing in the characters of the training transcripts')
-    return CharacterModel.of_texts(monitor.progress(texts, 'counting sentence'))
+    return CharacterModel.of_texts(texts)
 
 
 NARROW = ('nothing above 4 kHz, as from a telephone, and the model was trained on wider speech: '
@@ -759,6 +758,7 @@ def transcribe_clips(checkpoint: Checkpoint, args: Namespace) -> None:
         raise UserError('\n'.join(faults))
 
 
+@monitor.one_line_ends('model.py')
 def main(argv: list = None) -> None:
     parser = ArgumentParser(
         description='Transcribe audio files, or describe a checkpoint.')
@@ -777,15 +777,14 @@ def main(argv: list = None) -> None:
         help='of a recording, as of a call with a person on each, from 1; 0: the mean of all')
     add('--plot', help='draw the (last) clip into this .png, .svg or .pdf file; needs matplotlib')
     args = parser.parse_args(argv)
-    with monitor.one_line_ends('model.py'):
-        checkpoint = load_checkpoint(args.checkpoint)
-        if args.lm_text:
-            args.beam = args.beam or BEAM
-            other = read_character_model(args.lm_text, checkpoint.alphabet)
-            checkpoint = checkpoint._replace(language_model=other)
-        if not args.clips:
-            describe_checkpoint(checkpoint)
-        transcribe_clips(checkpoint, args)
+    checkpoint = load_checkpoint(args.checkpoint)
+    if args.lm_text:
+        args.beam = args.beam or BEAM
+        other = read_character_model(args.lm_text, checkpoint.alphabet)
+        checkpoint = checkpoint._replace(language_model=other)
+    if not args.clips:
+        describe_checkpoint(checkpoint)
+    transcribe_clips(checkpoint, args)
 
 
 if __name__ == '__main__':

@@ -867,6 +867,7 @@ def print_lines(args: argparse.Namespace) -> None:
         print('loss', LEFT.format(**plateaus_left(losses, lines, window)))
 
 
+@one_line_ends('monitor.py')
 def main(argv: Sequence = None) -> None:
     parser = argparse.ArgumentParser(
         description='Read a run: a table by epoch, its phase, how to go on. Or compare several: '
@@ -887,18 +888,17 @@ def main(argv: Sequence = None) -> None:
     args = parser.parse_args(argv)
     if not args.run and not args.lines:
         parser.error('name run folders of train.py, or give --lines T L V')
-    with one_line_ends('monitor.py'):
-        if args.lines:
-            with error_at('--lines, --losses'):
-                print_lines(args)
-        runs = list(map(read_run, args.run))
-        if len(runs) > 1:
-            print_comparison(runs)
-        elif runs:
-            print_run(*runs)
-        if args.plot:
-            with error_at('--plot, of runs that have an epoch'):
-                plot_runs(runs, args.plot)
+    if args.lines:
+        with error_at('--lines, --losses'):
+            print_lines(args)
+    runs = list(map(read_run, args.run))
+    if len(runs) > 1:
+        print_comparison(runs)
+    elif runs:
+        print_run(*runs)
+    if args.plot:
+        with error_at('--plot, of runs that have an epoch'):
+            plot_runs(runs, args.plot)
 
 
 if __name__ == '__main__':

@@ -217,8 +217,8 @@ def parse_flags(argv: list = None) -> tuple:
     torch.manual_seed(args.seed + RANK)
     start = None
     if args.resume:
-        typed = {word.partition('=')[0] for word in argv or sys.argv if word.startswith('--')}
-        if typed.difference(RESUMED):
+        if any(word.startswith('--') and not word.startswith(RESUMED)
+               for word in argv or sys.argv):
             parser.error(f'--resume has the flags of its run; it takes {", ".join(RESUMED)}')
         if Path(args.resume, 'results.json').exists():
             parser.exit(message=f'{args.resume} is finished: nothing is left to do\n')
@@ -370,10 +370,10 @@ def evaluate(checkpoint: Checkpoint, utterances: list, args: Namespace, beam: in
             u, clip, spelled = utterances[i], clip[:length], ''
             if beam:
                 spelled = model.beam_decode(clip, alphabet, language_model, beam)
-            heard = model.greedy_decode(clip, alphabet)
-            path = model.show_path(clip, alphabet)
             # A tab or a line's end in a file's name would end a cell of the table.
-            rows[i] = Row(' '.join(u.path.name.split()), u.text, heard, spelled, path)
+            rows[i] = Row(' '.join(u.path.name.split()), u.text,
+                          model.greedy_decode(clip, alphabet), spelled,
+                          model.show_path(clip, alphabet))
     return mean(losses or [inf]), rows
 
 
@@ -633,7 +633,7 @@ def run(args: Namespace, start: Checkpoint | None) -> None:
             network = model.make_network(vars(args), corpus['alphabet'], start)
         checkpoint = Checkpoint(network, corpus['alphabet'],
                                 {'flags': vars(args), 'start': []} | corpus,
-                                model.CharacterModel.of_texts(u.text for u in splits.train))
+                                model.CharacterModel.of_texts([u.text for u in splits.train]))
     checkpoint.network.to(args.device)
     speech = Speech(splits.train, checkpoint.alphabet, args.frames_per_output, args.seed,
                     args.spec_augment, speed_perturb=not args.overfit, concat=args.concat)
@@ -647,13 +647,13 @@ def run(args: Namespace, start: Checkpoint | None) -> None:
         if args.overfit:
             report_overfit(log[-1], args)
     except KeyboardInterrupt:
-        command = [sys.orig_argv[0], 'train.py', '--resume', args.run_dir]
-        raise UserError(f'stopped; to go on: {shlex.join(command)}') from None
+        raise UserError(f'stopped; to go on: {sys.orig_argv[0]} train.py --resume '
+                        f'{shlex.quote(args.run_dir)}') from None
 
 
+@monitor.one_line_ends('train.py')
 def main(argv: list = None) -> None:
-    with monitor.one_line_ends('train.py'):
-        run(*parse_flags(argv))
+    run(*parse_flags(argv))
 
 
 if __name__ == '__main__':
