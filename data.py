@@ -47,9 +47,7 @@ HOP = 160                            # samples: 10 ms
 FRAME_SECONDS = HOP / SAMPLE_RATE
 HERTZ = torch.linspace(0, 8000, 257)[:, None]  # of a spectrum's bins: (257, 1)
 N_MELS = 80
-LOG_FLOOR = 1e-10                    # power: the rounding of 16 bits gives more
 MARGIN = 20                          # frames kept before and after speech
-HOUR = 3600                          # seconds
 FRAMES_PER_OUTPUT = 4                # the default: 25 outputs a second
 
 
@@ -82,7 +80,7 @@ def read_audio(path: str | Path, channel: int) -> tuple:
         os.stat(path)  # whose errors tell more than libsndfile's
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
-            if rate > 384_000 or file.frames > HOUR * rate:
+            if rate > 384_000 or file.frames > 3600 * rate:
                 raise ValueError('it lasts over an hour, or its rate is over 384 kHz')
             for said, found in re.findall(r': (\d+) \(should be (\d+)\)', file.extra_info):
                 if int(found) < int(said) < 0x7FFF0000:
@@ -134,7 +132,7 @@ def log_mels(wave: Tensor) -> Tensor:
     windows = padded.unfold(0, WINDOW, HOP)                             # (T, 400)
     spectrum = rfft(windows * torch.hann_window(WINDOW), n=512)         # (T, 257)
     power = spectrum.real ** 2 + spectrum.imag ** 2
-    return (power @ MEL_FILTERS + LOG_FLOOR).log()
+    return (power @ MEL_FILTERS + 1e-10).log()  # to which the rounding of 16 bits adds more
 
 
 def moving_median(level: Tensor) -> Tensor:
@@ -441,9 +439,8 @@ def make_utterance(row: object, where: str) -> Utterance:
         raise ValueError('its offset is below 0')
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
     frames = ceil(round(duration * SAMPLE_RATE) / HOP)
-    offset = start if 'offset' in row else None
     return Utterance(path, text, duration, str(row.get('speaker', '')), where, frames, where,
-                     offset)
+                     start if 'offset' in row else None)
 
 
 def read_corpus(path: str | Path, split: str = 'train') -> tuple:
@@ -584,7 +581,7 @@ def describe_corpus(splits: Splits, frames_per_output: int, known: list) -> dict
 
     texts = [u.text for u in train]
     durations = [u.duration for u in train]
-    hours = sum(durations) / HOUR
+    hours = sum(durations) / 3600
     speakers = {u.speaker for u in train}
     sentences = set(texts)
     counts = Counter(''.join(texts))
@@ -644,7 +641,7 @@ WORDS = {
 # real speech made of them.
 #         ms    formants, Hz  voice hiss  centre  width
 #               F1   F2    F3   dB   dB   kHz  octaves
-TABLE = '''
+TABLE = '''\
     iy   110  270 2290  3010
     uw   140  300  870  2240
     th    90  320 1290  2540  -99  -30     6     1.5
@@ -669,7 +666,7 @@ TABLE = '''
 '''
 SOUNDED = [0, -99, 4, 1]  # what a row lacks that ends early: voiced as a vowel, without hiss
 PHONES = {name: np.array([*columns, *SOUNDED[len(columns) - 4:]], float)
-          for name, *columns in map(str.split, TABLE.strip().splitlines())}
+          for name, *columns in map(str.split, TABLE.splitlines())}
 STEP = 64  # samples, 4 ms: how often the filter moves
 SPECTRUM = {
     'n_fft': 512,

@@ -250,8 +250,7 @@ class Branch(nn.Module):
         super().__init__()
         self.stride = stride  # mel frames per feature; bands: mel bands per feature
         self.config = config
-        features = channels * math.ceil(data.N_MELS / bands)
-        self.projection = nn.Linear(features, PROJECTION)
+        self.projection = nn.Linear(channels * -(-data.N_MELS // bands), PROJECTION)
         self.transposed_conv = None
         if config.upsample == 'transpose':
             ratio = stride // config.frames_per_output
@@ -780,8 +779,8 @@ def main(argv: list = None) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     if args.lm_text:
         args.beam = args.beam or BEAM
-        other = read_character_model(args.lm_text, checkpoint.alphabet)
-        checkpoint = checkpoint._replace(language_model=other)
+        checkpoint = checkpoint._replace(
+            language_model=read_character_model(args.lm_text, checkpoint.alphabet))
     if not args.clips:
         describe_checkpoint(checkpoint)
     transcribe_clips(checkpoint, args)

@@ -277,8 +277,8 @@ def load_batches(speech: Speech, batches: list, workers: int) -> DataLoader:
 
 def epoch_loader(speech: Speech, epoch: int, passes: int, args: Namespace) -> DataLoader:
     """The batches of an epoch, from 0, of so many passes over the data, by seed and epoch alone."""
-    batches = [training_batches(speech, args.batch_size, number)
-               for number in range(epoch * passes, (epoch + 1) * passes)]
+    batches = [training_batches(speech, args.batch_size, epoch * passes + i)
+               for i in range(passes)]
     # Of several processes, each takes its share of every batch; one without a share repeats the
     # batch's first utterance.
     shares = [batch[RANK::RANKS] or batch[:1] for batch in sum(batches, [])]
@@ -451,9 +451,10 @@ def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) ->
         schedule.load_state_dict(state['schedule'])
         torch.set_rng_state(state['random'])
     elif args.init_from and valid:
-        config['start'] = [{'epoch': 0}]
+        record = {'epoch': 0}
+        config['start'] = [record]
         validate(checkpoint, valid, config['start'], args)
-        print('epoch   0: WER {wer:.2f} %, CER {cer:.2f} %'.format(**config['start'][0]))
+        print('epoch   0: WER {wer:.2f} %, CER {cer:.2f} %'.format(**record))
     trained = network
     if RANKS > 1:  # several processes average their gradients
         trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
@@ -540,8 +541,8 @@ def finish(checkpoint: Checkpoint, splits: Splits, args: Namespace) -> None:
             results |= rates
         longest = max(rows, key=lambda row: (row.said == row.heard) * len(row.said))  # if right
         example = utterances[rows.index(longest)]
-    wave = data.resample(*data.load_utterance(example))
     with monitor.whole_file(folder / 'clip.wav') as part:
+        wave = data.resample(*data.load_utterance(example))
         soundfile.write(part, wave.numpy(), data.SAMPLE_RATE)
     # results.json says that the run is finished, so it comes last.
     save(json.dumps(results, indent=1), folder / 'results.json')
@@ -561,7 +562,7 @@ def report_overfit(last: dict, args: Namespace) -> None:
         return
     advice = (f'see what python monitor.py {args.run_dir} says, and check that each recording has '
               'its own transcript')
-    if last['phase'] in ('learning', 'learnt'):
+    if last['phase'] not in monitor.PLATEAUS:
         advice = f'it was still learning, so give it more, as by --epochs {2 * last["epoch"]}'
     raise UserError(f'NOT LEARNT after {last["updates"]} updates, CER {last["cer"]:.1f} %; '
                     f'{advice}')
