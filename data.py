@@ -132,7 +132,7 @@ def log_mels(wave: Tensor) -> Tensor:
     windows = padded.unfold(0, WINDOW, HOP)                             # (T, 400)
     spectrum = rfft(windows * torch.hann_window(WINDOW), n=512)         # (T, 257)
     power = spectrum.real ** 2 + spectrum.imag ** 2
-    return (power @ MEL_FILTERS + 1e-10).log()  # to which the rounding of 16 bits adds more
+    return (power @ MEL_FILTERS + 1e-10).log()  # 16 bits' rounding gives more
 
 
 def moving_median(level: Tensor) -> Tensor:

@@ -860,7 +860,7 @@ def print_lines(args: argparse.Namespace) -> None:
     if args.losses:
         losses = read_losses(args.losses)
         window = min(20, len(losses) // 10 + 1)
-        # Beyond the second it has learnt something. They may be equal where V is 2.
+        # Beyond the second line it learns; the lines may be equal where V is 2.
         fraction = (uniform - fmean(losses[-window:])) / max(uniform - constant, 1e-9)
         print(f'the last of {len(losses)} losses lies {fraction:.0%} of the way from the first '
               'line to the second')
