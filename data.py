@@ -372,7 +372,7 @@ def table_rows(path: Path) -> Iterator:
     lines = numbered_lines(path)
     _, header = next(lines, ('', ''))
     for where, line in lines:
-        yield where, next(csv.DictReader([header, line], **form))
+        yield where, next(csv.DictReader([header, line], **form), {})
 
 
 def librispeech_rows(path: Path) -> Iterator:
@@ -428,16 +428,17 @@ def make_utterance(row: object, where: str) -> Utterance:
         row = json.loads(row)
     if None in row:
         raise ValueError('it has more columns than the header')
-    row = {NAMES.get(name, name): value for name, value in row.items() if value not in (None, '')}
+    row = {name: value for name, value in row.items() if value not in (None, '')}
+    row |= {own: row[name] for name, own in NAMES.items() if name in row}
     text = normalise_text(row.get('text', ''))
     text.encode()  # which fails where it is not UTF-8
     if not text or 'audio' not in row:
         raise ValueError(f'it needs text and audio, or other names of theirs; it has {list(row)}')
     path = find_audio(row['audio'], Path(where).parent)
     start = float(row.get('offset', 0))
-    if start < 0:
-        raise ValueError('its offset is below 0')
     duration = float(row.get('duration') or soundfile.info(path).duration - start)
+    if not 0 <= start < start + duration:
+        raise ValueError(f'its offset is {start} s, its duration {duration} s')
     frames = ceil(round(duration * SAMPLE_RATE) / HOP)
     return Utterance(path, text, duration, str(row.get('speaker', '')), where, frames, where,
                      start if 'offset' in row else None)
@@ -452,6 +453,7 @@ def read_corpus(path: str | Path, split: str = 'train') -> tuple:
     """
     utterances, faults = [], []
     with error_at(path):
+        os.stat(path)
         folder = Path(path)
         files = sorted([
             *folder.rglob('[!.]*.trans.txt'),
@@ -828,7 +830,8 @@ def builtin_corpus(folder: str = 'corpus') -> list:
     if not os.path.exists(folder):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # of many small operations, threads would wait for each other
-        with error_at(folder), TemporaryDirectory(dir=Path(folder).parent) as parent:
+        with error_at(folder), TemporaryDirectory(prefix='unfinished.',
+                                                  dir=Path(folder).parent) as parent:
             spoken = Path(parent, 'corpus')
             speak_corpus(spoken)
             with suppress(OSError):  # another process was at it too, and faster
@@ -839,17 +842,6 @@ def builtin_corpus(folder: str = 'corpus') -> list:
 
 # ---- python data.py ------------------------------------------------------------------------------
 
-def inspect_corpus(path: str) -> None:
-    """Print what a corpus holds, and what is wrong with it. Raises UserError where training
-    would."""
-    splits = read_splits((path, None, None), 0, FRAMES_PER_OUTPUT)
-    if splits.train:
-        describe_corpus(splits, FRAMES_PER_OUTPUT, [''])
-    print_problems(splits.train + splits.valid)
-    if splits.faults:
-        raise UserError('\n'.join(splits.faults))
-
-
 @monitor.one_line_ends('data.py')
 def main(argv: list = None) -> None:
     parser = argparse.ArgumentParser(description='Inspect a corpus, or say a sentence.')
@@ -857,13 +849,19 @@ def main(argv: list = None) -> None:
                                      'with --say, the audio file to write')
     parser.add_argument('--say', help='a text, of numbers and the like, to speak into the file')
     args = parser.parse_args(argv)
-    if not args.say:
-        return inspect_corpus(args.path)
-    with whole_file(args.path) as part:
-        wave, spans = synthesise(normalise_text(args.say))
-        soundfile.write(part, wave, SAMPLE_RATE)
-    for word, start, end in spans:
-        print(f'{start:6.2f} {end:6.2f}  {word}')
+    if args.say:
+        with whole_file(args.path) as part:
+            wave, spans = synthesise(normalise_text(args.say))
+            soundfile.write(part, wave, SAMPLE_RATE)
+        for word, start, end in spans:
+            print(f'{start:6.2f} {end:6.2f}  {word}')
+        return
+    splits = read_splits((args.path, None, None), 0, FRAMES_PER_OUTPUT)
+    if splits.train:
+        describe_corpus(splits, FRAMES_PER_OUTPUT, [''])
+    print_problems(splits.train + splits.valid)
+    if splits.faults:  # which end training too
+        raise UserError('\n'.join(splits.faults))
 
 
 if __name__ == '__main__':

@@ -677,9 +677,9 @@ def transcribe(checkpoint: Checkpoint, wave: Tensor, beam: int = 0) -> Transcrip
 def describe_checkpoint(checkpoint: Checkpoint) -> None:
     """Print a checkpoint's settings, size, training and scores."""
     network, alphabet, run, _ = checkpoint
-    parameters = sum(map(torch.numel, network.parameters()))
     print(network.config)
-    print(f'{parameters:,} parameters; alphabet: {"".join(alphabet)!r}')
+    print(f'{sum(map(torch.numel, network.parameters())):,} parameters; '
+          f'alphabet: {"".join(alphabet)!r}')
     print('trained on', run['flags']['train_data'] or 'the built-in corpus', end=', ')
     print('{utterances} utterances, {hours:.2f} hours, {epoch} epochs'.format(**run))
     monitor.print_scores(run['scores'])
@@ -697,12 +697,12 @@ def plot_clip(heard: Transcript, path: str) -> None:
     end = heard.start + len(heard.mels) * data.FRAME_SECONDS
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(10, 4.5),
                                              layout='constrained')
-    above.imshow(heard.mels.T, origin='lower', aspect='auto',
+    above.imshow(heard.mels.T.numpy(), origin='lower', aspect='auto',
                  extent=(heard.start, end, 0, data.N_MELS))
     above.set_ylabel('mel band')
     for word in heard.words:
         above.text(word.start, data.N_MELS + 2, word.text)
-        above.axvspan(word.start, word.end, 0.97, facecolor='white', edgecolor='black')
+        above.axvspan(word.start, word.end, 0.97)
     below.fill_between(times, probabilities[:, 0], color='0.85')
     below.plot(times, probabilities[:, 1:])
     symbols = show_path(probabilities, heard.alphabet)

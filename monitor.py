@@ -425,7 +425,7 @@ def judge_parts(calls: Sequence) -> Iterator:
     # Gradients that a GradScaler has scaled may be infinite.
     unreached = [f'{part} ({norm:.0e})' for part, norm in norms.items()
                  if norm == 0 or last['phase'] in PLATEAUS and norm < faint < math.inf]
-    unmoved = [part for part in norms if any(call['weights'][part] == last['weights'][part]
+    unmoved = [part for part in norms if any(call['weights'].get(part) == last['weights'][part]
                                              for call in calls[-2:-1])]
     if unreached:
         yield (f'the gradient does not reach {", ".join(unreached)}; look above for detach(), '
@@ -510,8 +510,8 @@ class Watch:
                 log_probs, *_ = log_probs
             log_probs = log_probs.float().cpu().movedim(self.batch_dim, 1)         # (T, B, V)
             # The blank's, as all symbols together have no gradient where they are equally likely.
-            gradient, = torch.autograd.grad(log_probs[:, 0, self.blank].sum(), sound,
-                                            materialize_grads=True)
+            heard = log_probs[:, 0, self.blank].sum() + 0 * sound.sum()
+            gradient, = torch.autograd.grad(heard, sound)
         size = gradient.abs() / gradient.abs().sum()
         owns = [size.select(dim, 0).sum() for dim, n in enumerate(size.shape)
                 if n == log_probs.shape[1]]
@@ -667,6 +667,8 @@ def print_comparison(runs: Sequence) -> None:
               if name not in ('run_dir', 'device', 'workers', 'threads', 'undo', 'only', 'seed')
               and len({own.get(name) for own in flags}) > 1]
     names = [', '.join(f'{name} {own.get(name)}' for name in differ) for own in flags]
+    if len(runs) == 2:
+        names = [run['name'] for run in runs]
     for decoding, heard in ('greedy', 'heard'), ('beam search', 'beam'):
         print(decoding, 'WER of each run in %, mean, deviation, 95 % interval, that of the '
               'difference from the first line')

@@ -1123,11 +1123,11 @@ START = {  # of a corpus: the first line, and a good one
 @cases('form,line,reason', [
     ('jsonl', '{"audio": "0.wav", "text": " "}', 'needs text and audio'),
     ('jsonl', '{"audio": "no.wav", "text": "a", "duration": 1}', 'no.wav is not a file'),
-    ('jsonl', '{"audio": "0.wav", "text": "a", "duration": NaN}', 'float NaN'),
+    ('jsonl', '{"audio": "0.wav", "text": "a", "duration": NaN}', 'its duration nan s'),
     ('jsonl', '{"audio": "0.wav", "text": "a", "duration": 5}', 'lasts 0.50 s, and not 5.00'),
     ('jsonl', '{"audio": "none.wav", "text": "a", "duration": 1}', 'holds no samples'),
-    ('jsonl', '{"audio": "0.wav", "text": "a", "offset": 2}', 'lasts 0.00 s, and not -1.50'),
-    ('jsonl', '{"audio": "0.wav", "text": "a", "offset": -0.1}', 'offset is below 0'),
+    ('jsonl', '{"audio": "0.wav", "text": "a", "offset": 2}', 'its duration -1.5 s'),
+    ('jsonl', '{"audio": "0.wav", "text": "a", "offset": -0.1}', 'its offset is -0.1 s'),
     ('jsonl', '{"audio": "phone.m4a", "text": "a"}', 'phone.m4a'),
     ('jsonl', '{"audio": "long.wav", "text": "a"}', 'up to 40 s'),
     ('jsonl', json_row('0.wav', 'abcdefgh' * 4), 'too short for its text'),
@@ -1972,7 +1972,7 @@ def test_a_run_can_start_from_anothers_weights(tiny, corpus, tmp_path, printed):
     """New characters alone are drawn; not in a network of another size."""
     flags = [*corpus, '--epochs=1', *SMALL, '--init_from', tiny() / 'best.pt', '--learning_rate=0']
     run = tmp_path / 'run'
-    assert '--init_from' in exit_code(train.main, *flags, '--hidden=8', '--run_dir', run)
+    assert '--init_from' in exit_code(train.main, *flags, '--hidden=8', f'--run_dir={run}8')
     before, after = checkpoint_of(tiny()), checkpoint_of(trained(run, *flags))
     assert 'epoch   0: WER ' in printed()
     letters = len(before.alphabet)
@@ -2000,13 +2000,9 @@ def test_overfit_learns_by_heart_and_a_checkpoint_is_scored(by_heart, tmp_path):
     assert heard == [('0.wav', 'seven two nine'), ('1.wav', 'light go')]
 
 
-@cases('phase,advice', [
-    ('learning', 'by --epochs 14'),
-    ('constant', 'see what python monitor.py runs/it'),
-])
-def test_overfit_says_what_was_not_learnt(phase, advice):
-    record = {'cer': 6.6, 'phase': phase, 'updates': 350, 'epoch': 7}
-    with pytest.raises(monitor.UserError, match=f'NOT LEARNT.*CER 6.6 %.*{advice}'):
+def test_overfit_says_what_was_not_learnt():
+    record = {'cer': 6.6, 'updates': 350}
+    with pytest.raises(monitor.UserError, match='NOT LEARNT.*CER 6.6 %.*monitor.py runs/it'):
         train.report_overfit(record, flags_of('--run_dir=runs/it'))
 
 

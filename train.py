@@ -45,10 +45,10 @@ from data import Speech, Splits
 from model import Checkpoint
 from monitor import UserError, error_at, number
 
-CHECK_UP_TO = 5000      # utterances; files of larger corpora are decoded first only with --skip_bad
+CHECK_UP_TO = 5000  # utterances of a corpus; larger ones are decoded first only with --skip_bad
 RESUMED = ('--resume', '--device', '--workers', '--train_data', '--valid_data', '--test_data')
-# This process's number among torchrun's, and how many there are; some clusters set these variables
-# for other programs.
+# This process's number among torchrun's, and how many there are. RANK alone does not say so: some
+# clusters set it for other programs.
 LAUNCHED = torch.distributed.is_torchelastic_launched()
 RANK, RANKS = [int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')] if LAUNCHED else (0, 1)
 
@@ -93,7 +93,7 @@ OURS = {'deep_path', 'interctc', 'output_rate'}
 
 
 def undone_fixes(args: Namespace) -> dict:
-    """{setting: the value before} of the fixes that --undo and --only take back."""
+    """{setting: the value before} of the fixes that --undo names, or --only does not."""
     undone = set(args.undo)
     if args.only or 'all' in undone:
         undone = FIXES.keys() - args.only
@@ -212,8 +212,8 @@ def parse_flags(argv: list = None) -> tuple:
         parser.error('a flag has an empty value')
     if args.overfit or args.evaluate:
         parser.set_defaults(valid_data='none', test_data='none')
-    # Before the first network is made, as for a checkpoint. Each process has dropout of its own;
-    # DistributedDataParallel gives all the same weights.
+    # Here already: load_checkpoint makes a network, which draws. Each process has dropout of its
+    # own, until it is resumed; DistributedDataParallel gives all the same weights.
     torch.manual_seed(args.seed + RANK)
     start = None
     if args.resume:
@@ -224,7 +224,7 @@ def parse_flags(argv: list = None) -> tuple:
             parser.exit(message=f'{args.resume} is finished: nothing is left to do\n')
         start = model.load_checkpoint(Path(args.resume, 'state.pt'))
         parser.set_defaults(**start.run['flags'] | {'run_dir': args.resume})
-    elif args.init_from or args.evaluate:  # the usual learning rate unlearns what is there
+    elif args.init_from or args.evaluate:  # its network; the usual rate would unlearn it
         start = model.load_checkpoint(args.evaluate or args.init_from)
         parser.set_defaults(learning_rate=5e-5, **vars(start.network.config))
     parser.set_defaults(**undone_fixes(args))
@@ -309,7 +309,7 @@ def train_epoch(network: nn.Module, batches: DataLoader, optimizer: object, sche
     """One pass over batches, as data.collate makes them -> {figure: its value in each update}.
 
     schedule: of the optimizer; its last_epoch counts the updates of the whole run. The watch looks
-    at one of 100. Raises UserError at a gradient that is not finite.
+    at one update of 100. Raises UserError at a gradient that is not finite.
     """
     network.train()
     figures = defaultdict(list)
@@ -432,12 +432,11 @@ def save_log(log: list, config: dict, folder: Path) -> None:
 
 
 def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) -> list:
-    """Train on speech, validate, record, save and report, epoch by epoch, from the first that is
+    """Train on speech, validate, record, report and save, epoch by epoch, from the first that is
     not done -> the log, a record of each epoch.
 
-    state.pt is all that an epoch hands on to the next, so a killed run ends with the weights of an
-    uninterrupted one (of one process, on a CPU). Killed before it is written, an epoch is made
-    again, with the same result. Raises UserError, OSError."""
+    state.pt is all that an epoch hands on, so a killed run ends with the weights of an
+    uninterrupted one (of one process, on a CPU). Raises UserError, OSError."""
     network, _, config, _ = checkpoint
     folder = Path(args.run_dir)
     updates = ceil(len(speech.utterances) / args.batch_size)  # in one pass over the data
@@ -450,22 +449,23 @@ def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) ->
         optimizer.load_state_dict(state['optimizer'])
         schedule.load_state_dict(state['schedule'])
         torch.set_rng_state(state['random'])
-    elif args.init_from and valid:
-        record = {'epoch': 0}
-        config['start'] = [record]
-        validate(checkpoint, valid, config['start'], args)
-        print('epoch   0: WER {wer:.2f} %, CER {cer:.2f} %'.format(**record))
     trained = network
     if RANKS > 1:  # several processes average their gradients
         trained = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
                                                       find_unused_parameters=True)
     while True:
-        # Before the first epoch too. config.json comes last: where it is, a run can be resumed.
+        # Before the first epoch too: from here on, a run can be resumed.
         state = {'optimizer': optimizer.state_dict(), 'schedule': schedule.state_dict(),
                  'random': torch.get_rng_state(),
                  'records': (log, losses, watch.calls, watch.findings)}
-        save_checkpoint(checkpoint, {'state': state}, folder / 'state.pt')
+        save_checkpoint(checkpoint, {'state': state, 'epoch': len(log), 'scores': {}},
+                        folder / 'state.pt')
         save_log(log, config, folder)
+        if args.init_from and valid and not config['start']:
+            config['start'].append({'epoch': 0})
+            validate(checkpoint, valid, config['start'], args)
+            print('epoch   0: WER {wer:.2f} %, CER {cer:.2f} %'.format(**config['start'][0]))
+            continue
         if len(log) == args.epochs or args.overfit and log and log[-1]['cer'] == 0:
             return log
         start = time.time()
@@ -484,8 +484,9 @@ def fit(checkpoint: Checkpoint, speech: Speech, valid: list, args: Namespace) ->
 
 
 def validate(checkpoint: Checkpoint, valid: list, log: list, args: Namespace) -> str:
-    """Score after an epoch, add what that says to its record, the last of the log, and keep the
-    best as best.pt -> lines for the screen: an utterance, another one after each epoch."""
+    """Score after an epoch, or before the first, add what that says to its record, the last of the
+    log, and keep the best as best.pt -> lines for the screen: an utterance, another one each time.
+    """
     record, config = log[-1], checkpoint.run
     loss, lines = record.get('train_loss'), config['plateaus']
     scores, sample = {}, ''
@@ -539,7 +540,7 @@ def finish(checkpoint: Checkpoint, splits: Splits, args: Namespace) -> None:
                      f'{name}, beam search': monitor.error_rates(said, spelled)}
             monitor.print_scores(rates)
             results |= rates
-        longest = max(rows, key=lambda row: (row.said == row.heard) * len(row.said))  # if right
+        longest = max(rows, key=lambda row: (row.said == row.heard) * len(row.said))  # right
         example = utterances[rows.index(longest)]
     with monitor.whole_file(folder / 'clip.wav') as part:
         wave = data.resample(*data.load_utterance(example))
@@ -560,12 +561,10 @@ def report_overfit(last: dict, args: Namespace) -> None:
         print(f'learnt: all utterances are right after {last["updates"]} updates; data, loss and '
               'network work together')
         return
-    advice = (f'see what python monitor.py {args.run_dir} says, and check that each recording has '
-              'its own transcript')
-    if last['phase'] not in monitor.PLATEAUS:
-        advice = f'it was still learning, so give it more, as by --epochs {2 * last["epoch"]}'
-    raise UserError(f'NOT LEARNT after {last["updates"]} updates, CER {last["cer"]:.1f} %; '
-                    f'{advice}')
+    raise UserError(f'NOT LEARNT after {last["updates"]} updates, CER {last["cer"]:.1f} %; where '
+                    f'the last line says "learning", give it more --epochs; else see what python '
+                    f'monitor.py {args.run_dir} says, and check that each recording has its own '
+                    'transcript')
 
 
 def benchmark(checkpoint: Checkpoint, speech: Speech, args: Namespace) -> None:
@@ -574,8 +573,8 @@ def benchmark(checkpoint: Checkpoint, speech: Speech, args: Namespace) -> None:
     del clips[40 * args.batch_size:]
     seconds = sum(u.duration for u in clips)
     batches = epoch_loader(speech, 0, 1, args)
-    watch = monitor.Watch(network, batch_first=True)
-    learning = *make_optimizer(network, args, 2 * len(batches)), watch
+    learning = (*make_optimizer(network, args, 2 * len(batches)),
+                monitor.Watch(network, batch_first=True))
     works = {
         'features': lambda: list(batches),
         'features and update': lambda: train_epoch(network, batches, *learning, args),
@@ -590,10 +589,8 @@ def benchmark(checkpoint: Checkpoint, speech: Speech, args: Namespace) -> None:
 
 def join_processes(args: Namespace) -> None:
     """Where torchrun has started several processes, let them know of each other; the first alone
-    prints. Raises UserError."""
+    prints."""
     if RANKS > 1:
-        if args.overfit or args.evaluate or args.benchmark:
-            raise UserError('--overfit, --evaluate and --benchmark are for one process')
         if args.device != 'cpu':  # --device cuda is then another one for each process
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
         torch.distributed.init_process_group()
@@ -630,7 +627,7 @@ def run(args: Namespace, start: Checkpoint | None) -> None:
         if corpus['digest'] != start.run['digest']:
             raise UserError(f'--resume {folder}: the texts or durations of its data have changed')
     else:
-        with error_at(f'--init_from {args.init_from}'):
+        with error_at('--init_from, or the size of the network'):
             network = model.make_network(vars(args), corpus['alphabet'], start)
         checkpoint = Checkpoint(network, corpus['alphabet'],
                                 {'flags': vars(args), 'start': []} | corpus,
