@@ -710,7 +710,7 @@ def plot_clip(heard: Transcript, path: str) -> None:
         if character != before:
             below.text(time, 1.07, character, ha='center')
     below.set(ylabel='probability (grey: blank)', xlabel='seconds')
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 # ---- python model.py -----------------------------------------------------------------------------

@@ -49,8 +49,10 @@ CHECK_UP_TO = 5000  # utterances of a corpus; larger ones are decoded first only
 RESUMED = ('--resume', '--device', '--workers', '--train_data', '--valid_data', '--test_data')
 # This process's number among torchrun's, and how many there are. RANK alone does not say so: some
 # clusters set it for other programs.
-LAUNCHED = torch.distributed.is_torchelastic_launched()
-RANK, RANKS = [int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')] if LAUNCHED else (0, 1)
+RANK, RANKS = (
+    [int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE')]
+    if torch.distributed.is_torchelastic_launched() else (0, 1)
+)
 
 
 # ---- the fixes -----------------------------------------------------------------------------------
@@ -543,8 +545,8 @@ def finish(checkpoint: Checkpoint, splits: Splits, args: Namespace) -> None:
         longest = max(rows, key=lambda row: (row.said == row.heard) * len(row.said))  # right
         example = utterances[rows.index(longest)]
     with monitor.whole_file(folder / 'clip.wav') as part:
-        wave = data.resample(*data.load_utterance(example))
-        soundfile.write(part, wave.numpy(), data.SAMPLE_RATE)
+        soundfile.write(part, data.resample(*data.load_utterance(example)).numpy(),
+                        data.SAMPLE_RATE)
     # results.json says that the run is finished, so it comes last.
     save(json.dumps(results, indent=1), folder / 'results.json')
     (folder / 'state.pt').unlink(missing_ok=True)
@@ -557,14 +559,13 @@ def finish(checkpoint: Checkpoint, splits: Splits, args: Namespace) -> None:
 def report_overfit(last: dict, args: Namespace) -> None:
     """Print whether --overfit has learnt its utterances, by the last epoch. Raises UserError where
     not."""
-    if last['cer'] == 0:
-        print(f'learnt: all utterances are right after {last["updates"]} updates; data, loss and '
-              'network work together')
-        return
-    raise UserError(f'NOT LEARNT after {last["updates"]} updates, CER {last["cer"]:.1f} %; where '
-                    f'the last line says "learning", give it more --epochs; else see what python '
-                    f'monitor.py {args.run_dir} says, and check that each recording has its own '
-                    'transcript')
+    if last['cer']:
+        raise UserError(
+            f'NOT LEARNT after {last["updates"]} updates, CER {last["cer"]:.1f} %; where the last '
+            f'line says "learning", give it more --epochs; else see what python monitor.py '
+            f'{args.run_dir} says, and check that each recording has its own transcript')
+    print(f'learnt: all utterances are right after {last["updates"]} updates; data, loss and '
+          'network work together')
 
 
 def benchmark(checkpoint: Checkpoint, speech: Speech, args: Namespace) -> None:
@@ -598,9 +599,15 @@ def join_processes(args: Namespace) -> None:
         sys.stdout = None
 
 
-def run(args: Namespace, start: Checkpoint | None) -> None:
-    """Train and score as the flags say, from a checkpoint or from nothing. Raises UserError,
-    OSError."""
+def make_folder(folder: Path) -> None:
+    """A run folder that was not there before. Raises UserError."""
+    with error_at('--run_dir'):
+        folder.mkdir(parents=True)
+
+
+def run(args: Namespace, start: Checkpoint) -> None:
+    """Train and score as the flags say, from a checkpoint or, where it is None, from nothing.
+    Raises UserError, OSError."""
     # Gradients that fade through time become numbers below 1e-38, with which a CPU works many times
     # slower: without this, an update takes 2.5 times as long once the outputs are sharp.
     torch.set_flush_denormal(True)
@@ -612,10 +619,8 @@ def run(args: Namespace, start: Checkpoint | None) -> None:
         print(f'without a fix: {setting} {getattr(args, setting)}')
     splits = read_data(args)
     folder = Path(args.run_dir)
-    if not (RANK or args.resume or args.benchmark):
-        with error_at('--run_dir'):
-            folder.mkdir(parents=True)
     if args.evaluate:
+        make_folder(folder)
         save_log([], {'flags': vars(args)}, folder)
         finish(start, splits, args)
         return
@@ -638,6 +643,8 @@ def run(args: Namespace, start: Checkpoint | None) -> None:
     if args.benchmark:
         benchmark(checkpoint, speech, args)
         return
+    if not RANK and not args.resume:
+        make_folder(folder)
     try:
         log = fit(checkpoint, speech, splits.valid, args)
         if not RANK:
