@@ -1655,7 +1655,7 @@ def test_what_model_cannot_use_is_a_line(command, words, hear, monkeypatch):
 def test_a_clip_is_drawn(hear):
     pyplot = pytest.importorskip('matplotlib.pyplot')
     hear('run/best.pt 0.wav --plot=clip.png')
-    assert pyplot.imread('clip.png').shape[1] == 1200
+    assert pyplot.imread('clip.png').shape[1] == 1000
 
 
 # ---- train: learning -----------------------------------------------------------------------------
