@@ -704,7 +704,7 @@ def plot_clip(heard: Transcript, path: str) -> None:
     end = heard.start + len(heard.mels) * data.FRAME_SECONDS
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(10, 4.5),
                                              layout='constrained')
-    above.imshow(heard.mels.T, origin='lower', aspect='auto',
+    above.imshow(heard.mels.T.numpy(), origin='lower', aspect='auto',
                  extent=(heard.start, end, 0, data.N_MELS))
     above.set_ylabel('mel band')
     for word in heard.words:
