@@ -116,8 +116,8 @@ FLAGS = {  # by group: name, a type or the choices, default, help
          'corpus: .jsonl, .csv or .tsv manifest, LibriSpeech or CMU Sphinx folder; unset: the '
          'built-in corpus with its own validation and test, spoken into the folder corpus/'),
         ('valid_data', str, None,
-         'validation corpus, which selects best.pt; unset: a tenth of the training data, other '
-         'speakers if they are known, and ten or more; none: train on everything, keep the last'),
+         'validation corpus, which selects best.pt; unset: a tenth of the training data, whole '
+         'speakers if nine or more have at most a tenth; none: train on everything, keep the last'),
         ('test_data', str, None,
          "corpus scored once, at the end; unset: none, or the built-in corpus's; none: no test"),
         ('skip_bad', bool, False,
