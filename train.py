@@ -408,8 +408,8 @@ def read_data(args: Namespace) -> Splits:
 # ---- learning ------------------------------------------------------------------------------------
 
 def save(content: object, path: Path) -> None:
-    """Write a text, or a dict of plain data and tensors, all of it or nothing; of several processes
-    the first does. Raises UserError."""
+    """Write a text, or a dict of plain data and tensors, all of it or nothing; of several
+    processes, only the first writes. Raises UserError."""
     if RANK:
         return
     with monitor.whole_file(path) as part:
@@ -542,7 +542,8 @@ def finish(checkpoint: Checkpoint, splits: Splits, args: Namespace) -> None:
                      f'{name}, beam search': monitor.error_rates(said, spelled)}
             monitor.print_scores(rates)
             results |= rates
-        longest = max(rows, key=lambda row: (row.said == row.heard) * len(row.said))  # right
+        # The longest of those that are right; else the first.
+        longest = max(rows, key=lambda row: (row.said == row.heard) * len(row.said))
         example = utterances[rows.index(longest)]
     with monitor.whole_file(folder / 'clip.wav') as part:
         soundfile.write(part, data.resample(*data.load_utterance(example)).numpy(),
